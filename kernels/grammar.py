@@ -1,0 +1,79 @@
+"""The grammar of a kernel selection, e.g. `all,-rope@0-1` or `attention@4-7,swiglu`. Imports neither torch nor triton.
+
+    spec   := item ("," item)*          later items win; spaces are ignored; the start is all torch
+    item   := ("all" | "none" | SWITCH | "-" SWITCH) [ "@" place ]
+    place  := LAYER | LAYER "-" LAYER | "out"
+
+A switch is a kernel file. Layer i holds its four ops and the norm that opens it; `out` holds the final norm and the loss
+head. An item without a place covers every place where its op occurs.
+"""
+
+LAYER_SWITCHES = ("rms_norm", "rope", "swiglu", "attention")
+OUT_SWITCHES = ("rms_norm", "linear_cross_entropy")
+SWITCHES = (*LAYER_SWITCHES, "linear_cross_entropy")
+
+# The switches that have a Triton kernel by now. tests/test_select.py holds this to what kernels.TRITON really has.
+TRITON_SWITCHES = ()
+
+
+def parse(spec: str, n_layers: int) -> list[frozenset[str]]:
+    """Switches that `spec` turns to Triton at each place: `n_layers` layers, then `out`.
+
+    Raises ValueError, naming the item and what is allowed, for an unknown switch, one without a Triton kernel, a place that
+    is out of range or reversed, an op named where it does not occur, and an empty item.
+    """
+    occurs = [frozenset(LAYER_SWITCHES)] * n_layers + [frozenset(OUT_SWITCHES)]
+    chosen = [frozenset()] * (n_layers + 1)
+    for raw in spec.split(","):
+        item = "".join(raw.split())
+        if not item:
+            raise ValueError(f"kernels {spec!r}: empty item; write one or more of {_allowed(n_layers)}")
+        word, at, place = item.partition("@")
+        places = _places(item, place, n_layers) if at else range(n_layers + 1)
+        on = not word.startswith("-")
+        named = _named(item, word, n_layers)
+        if at and word not in ("all", "none"):
+            for i in places:
+                if not named & occurs[i]:
+                    here = "out" if i == n_layers else f"layer {i}"
+                    raise ValueError(
+                        f"kernels item {item!r}: {word.lstrip('-')} does not occur at {here}, which has {', '.join(sorted(occurs[i]))}"
+                    )
+        for i in places:
+            chosen[i] = chosen[i] | (named & occurs[i]) if on and word != "none" else chosen[i] - named
+    return chosen
+
+
+def _named(item: str, word: str, n_layers: int) -> frozenset[str]:
+    """Switches that one item speaks of."""
+    if word == "all":
+        return frozenset(TRITON_SWITCHES)
+    if word == "none":
+        return frozenset(SWITCHES)
+    switch = word.removeprefix("-")
+    if switch not in SWITCHES:
+        raise ValueError(f"kernels item {item!r}: unknown switch {switch!r}; allowed: {_allowed(n_layers)}")
+    if switch == word and switch not in TRITON_SWITCHES:
+        have = ", ".join(TRITON_SWITCHES) or "none yet"
+        raise ValueError(f"kernels item {item!r}: {switch} has no Triton kernel yet; those that have one: {have}")
+    return frozenset((switch,))
+
+
+def _places(item: str, place: str, n_layers: int) -> range:
+    """Indices that one `@place` covers; `n_layers` is `out`."""
+    if place == "out":
+        return range(n_layers, n_layers + 1)
+    first, dash, last = place.partition("-")
+    numbers = (first, last) if dash else (first, first)
+    if not all(n.isascii() and n.isdecimal() for n in numbers):
+        raise ValueError(f"kernels item {item!r}: place {place!r} is not a layer, a range such as 0-3, or out")
+    low, high = (int(n) for n in numbers)
+    if low > high:
+        raise ValueError(f"kernels item {item!r}: place {place!r} is reversed; write {high}-{low}")
+    if high >= n_layers:
+        raise ValueError(f"kernels item {item!r}: layer {high} is out of range; allowed: 0 to {n_layers - 1}, or out")
+    return range(low, high + 1)
+
+
+def _allowed(n_layers: int) -> str:
+    return f"all, none, {', '.join(SWITCHES)}, each switch also as -switch, each with an optional @0 to @{n_layers - 1}, @0-{n_layers - 1} or @out"

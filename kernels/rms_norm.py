@@ -1,0 +1,419 @@
+"""RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467), alone and with the residual addition before it.
+
+Forward, over the last dimension of width D:
+
+    s = x                       rms_norm
+    s = x + residual            add_rms_norm; rounded to the residual's dtype, then normalized
+    r = 1 / sqrt(mean(s²) + eps)
+    y = s · r · weight
+
+Backward, with ŝ = s · r and upstream gradients dy and, for add_rms_norm, dsummed:
+
+    ds = r · (dy · weight − ŝ · mean(dy · weight · ŝ)) + dsummed        the gradient of x and of residual
+    dweight = Σ_rows dy · ŝ
+
+All arithmetic is float32, with one cast at the end. Saved: s (the input itself, or the sum that is an output anyway)
+and r, one float32 a row.
+
+Bytes for M rows of width D in e bytes an element, each read and written once; r adds 4 M either way:
+
+                    read                        written                     together
+    rms_norm        x                           y                           2 e M D
+      backward      x, dy                       dx                          3 e M D
+    add_rms_norm    x, residual                 summed, y                   4 e M D
+      backward      summed, dy, dsummed         dx, which is dresidual too  4 e M D
+
+Rows are independent but for dweight. There each of a fixed number of programs walks over the rows, adds up a float32
+row of its own and writes it; PyTorch's sum adds those rows. It is deterministic, its input is a few hundred rows, and
+Inductor folds the cast and the accumulation into `.grad` into it, which it could not do to a kernel of ours. Past 8192
+columns a row no longer fits into the registers: it is walked in blocks of columns, twice, the second time from the cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.launch import (
+    KERNEL_DTYPES,
+    REFERENCE_DTYPES,
+    Launch,
+    Target,
+    aligned_strides,
+    ceil_div,
+    check_tensor,
+    check_usable,
+    dense_rows,
+    device_of,
+    next_power_of_2,
+    register_op,
+    target_of,
+    tl,
+    triton,
+    warps_for,
+    wrap_triton,
+)
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the last dimension.
+
+    x: (..., D), weight: (D,) in x's dtype or float32. Returns y like x, contiguous. Raises ValueError on anything else.
+    """
+    _check("rms_norm", x, None, weight, REFERENCE_DTYPES)
+    exact = _exact(x)
+    return F.rms_norm(exact, weight.shape, weight.to(exact.dtype), eps).to(x.dtype).contiguous()
+
+
+def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Residual addition and RMSNorm of the sum.
+
+    x: (..., D), residual: like x, in x's dtype or float32, weight: (D,) in x's dtype or float32.
+    Returns y like x and summed = x + residual in residual's dtype, contiguous. Raises ValueError on anything else.
+    """
+    _check("add_rms_norm", x, residual, weight, REFERENCE_DTYPES)
+    summed = (_exact(x) + residual).to(residual.dtype).contiguous()
+    exact = _exact(summed)
+    return F.rms_norm(exact, weight.shape, weight.to(exact.dtype), eps).to(x.dtype), summed
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_tensor(op, "x", x, dtypes=dtypes)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted (..., D) with D at least 1")
+    if residual is not None:
+        check_tensor(op, "residual", residual, tuple(x.shape), (x.dtype, torch.float32), x.device)
+    check_tensor(op, "weight", weight, (x.shape[-1],), (x.dtype, torch.float32), x.device)
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _load_sum(x_row, residual_row, cols, mask):
+    """S = x + residual as it was rounded, in float32; x where there is no residual."""
+    s = tl.load(x_row + cols, mask, other=0.0).to(tl.float32)
+    if residual_row is not None:
+        s += tl.load(residual_row + cols, mask, other=0.0).to(tl.float32)
+        s = s.to(residual_row.dtype.element_ty).to(tl.float32)
+    return s
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,  # None without a residual, and so is summed_ptr
+    weight_ptr,
+    y_ptr,
+    summed_ptr,
+    rstd_ptr,
+    n_rows,
+    x_stride,
+    residual_stride,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    x_row = x_ptr + row * x_stride * ALIGNMENT
+    residual_row = None
+    if residual_ptr is not None:
+        residual_row = residual_ptr + row * residual_stride * ALIGNMENT
+
+    squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)[None, :]
+        mask = (row < n_rows) & (cols < D)
+        s = _load_sum(x_row, residual_row, cols, mask)
+        squares += s * s
+        if summed_ptr is not None:
+            tl.store(summed_ptr + row * D + cols, s.to(summed_ptr.dtype.element_ty), mask)
+    rstd = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / D + EPS)
+    tl.store(rstd_ptr + row, rstd, row < n_rows)
+
+    for start in tl.static_range(0, D, BLOCK_D):
+        if BLOCK_D < D:  # otherwise the one block is still in registers
+            cols = start + tl.arange(0, BLOCK_D)[None, :]
+            mask = (row < n_rows) & (cols < D)
+            s = _load_sum(x_row, residual_row, cols, mask)
+        weight = tl.load(weight_ptr + cols, cols < D, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row * D + cols, (s * rstd * weight).to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _load_normalized(dy_row, summed_row, weight_ptr, rstd, cols, mask, D: tl.constexpr):
+    """ŝ, dy and dy · weight of a tile, in float32."""
+    normalized = tl.load(summed_row + cols, mask, other=0.0).to(tl.float32) * rstd
+    dy = tl.load(dy_row + cols, mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, cols < D, other=0.0).to(tl.float32)
+    return normalized, dy, dy * weight
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    dsummed_ptr,  # None where no gradient comes in for summed
+    summed_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,  # None where it is not wanted, and so are dresidual_ptr and partial_ptr
+    dresidual_ptr,  # in summed's dtype, where that is not dx's
+    partial_ptr,  # float32 (programs, D): what each program adds to dweight
+    n_rows,
+    dy_stride,
+    dsummed_stride,
+    summed_stride,
+    D: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    dweight = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for tile in range(program, tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)[:, None]  # [BLOCK_M, 1]
+        dy_row = dy_ptr + row * dy_stride * ALIGNMENT
+        summed_row = summed_ptr + row * summed_stride * ALIGNMENT
+        rstd = tl.load(rstd_ptr + row, row < n_rows, other=0.0)
+
+        products = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in tl.static_range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)[None, :]
+            mask = (row < n_rows) & (cols < D)
+            normalized, dy, dnormalized = _load_normalized(dy_row, summed_row, weight_ptr, rstd, cols, mask, D)
+            products += normalized * dnormalized
+        mean = tl.sum(products, 1, keep_dims=True) / D
+
+        for start in tl.static_range(0, D, BLOCK_D):
+            if BLOCK_D < D:  # otherwise the one block is still in registers
+                cols = start + tl.arange(0, BLOCK_D)[None, :]
+                mask = (row < n_rows) & (cols < D)
+                normalized, dy, dnormalized = _load_normalized(dy_row, summed_row, weight_ptr, rstd, cols, mask, D)
+            ds = rstd * (dnormalized - normalized * mean)
+            if dsummed_ptr is not None:
+                dsummed_row = dsummed_ptr + row * dsummed_stride * ALIGNMENT
+                ds += tl.load(dsummed_row + cols, mask, other=0.0).to(tl.float32)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + row * D + cols, ds.to(dx_ptr.dtype.element_ty), mask)
+            if dresidual_ptr is not None:
+                tl.store(dresidual_ptr + row * D + cols, ds.to(dresidual_ptr.dtype.element_ty), mask)
+            if partial_ptr is not None:
+                if BLOCK_D < D:
+                    # No room for a whole row in registers: the sum is kept in the program's own row of partial. Between
+                    # one tile's store and the next one's load, the reduction to `mean` is the barrier they need.
+                    at = partial_ptr + program * D + cols
+                    before = tl.load(at, (cols < D) & (tile > program), other=0.0)
+                    tl.store(at, before + tl.sum(dy * normalized, 0, keep_dims=True), cols < D)
+                else:
+                    dweight += dy * normalized
+    if partial_ptr is not None and BLOCK_D >= D:
+        cols = tl.arange(0, BLOCK_D)[None, :]
+        tl.store(partial_ptr + program * D + cols, tl.sum(dweight, 0, keep_dims=True), cols < D)
+
+
+# --------------------------------------------------------------------------------------------------------------- launch
+
+
+def forward_launch(n_rows: int, width: int, target: Target) -> Launch:
+    """One tile a program; 16 elements a thread, 32 in the widest rows (more warps than 8 spill on sm_100)."""
+    block_m, block_d = _tile(width, 2048)
+    warps = warps_for(block_m * block_d, 16, target, most=8)
+    return Launch((ceil_div(n_rows, block_m),), {"BLOCK_M": block_m, "BLOCK_D": block_d}, warps)
+
+
+def backward_launch(n_rows: int, width: int, target: Target) -> Launch:
+    """A fixed number of programs, 8 elements a thread, which here holds several tiles at once.
+
+    Few programs, since each writes a float32 row for dweight, but enough to keep the memory busy: the fewer the wider.
+    """
+    block_m, block_d = _tile(width, 1024)
+    waves = next(waves for most, waves in ((256, 16), (1024, 8), (2048, 4), (4096, 2), (width, 1)) if width <= most)
+    grid = (min(ceil_div(n_rows, block_m), waves * target.multiprocessors),)
+    return Launch(grid, {"BLOCK_M": block_m, "BLOCK_D": block_d}, warps_for(block_m * block_d, 8, target))
+
+
+def _tile(width: int, elements: int) -> tuple[int, int]:
+    """Whole rows, as many as make up so many elements where they are short; past 8192 columns, 4096 of them at a time."""
+    block_d = next_power_of_2(width) if width <= 8192 else 4096
+    return max(1, elements // block_d), block_d
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, summed (empty without a residual) and rstd."""
+    y, summed, rstd = _forward_outputs(x, residual)
+    rows = dense_rows(x)
+    residual_rows = rows if residual is None else dense_rows(residual)
+    n_rows, width = rows.shape[0], int(rows.shape[1])
+    launch = forward_launch(n_rows, width, target_of(x))
+    if n_rows:
+        with device_of(x):
+            wrap_triton(_forward_kernel)[launch.grid](
+                x_ptr=rows,
+                residual_ptr=None if residual is None else residual_rows,
+                weight_ptr=weight.contiguous(),
+                y_ptr=y,
+                summed_ptr=None if residual is None else summed,
+                rstd_ptr=rstd,
+                n_rows=n_rows,
+                **aligned_strides(x_stride=rows.stride(0), residual_stride=residual_rows.stride(0)),
+                D=width,
+                EPS=eps,
+                **launch.options,
+            )
+    return y, summed, rstd
+
+
+def _forward_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = y.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    return y, summed, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+def _fake_rms_norm(x, weight, eps):
+    y, _, rstd = _forward_outputs(x, None)
+    return y, rstd
+
+
+@register_op(fake=_fake_rms_norm)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, rstd = _forward(x, None, weight, eps)
+    return y, rstd
+
+
+def _fake_add_rms_norm(x, residual, weight, eps):
+    return _forward_outputs(x, residual)
+
+
+@register_op(fake=_fake_add_rms_norm)
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, residual, weight, eps)
+
+
+def _backward_outputs(dy, dsummed, summed, weight, rstd, want_dx, want_dresidual, want_dweight):
+    """Dx in y's dtype, dresidual in summed's and dweight; empty where not wanted."""
+    dx = torch.empty(dy.shape if want_dx else 0, dtype=dy.dtype, device=dy.device)
+    dresidual = torch.empty(dy.shape if want_dresidual else 0, dtype=summed.dtype, device=dy.device)
+    return dx, dresidual, torch.empty(weight.shape if want_dweight else 0, dtype=weight.dtype, device=dy.device)
+
+
+@register_op(fake=_backward_outputs)
+def _rms_norm_backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    want_dx: bool,
+    want_dresidual: bool,
+    want_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dresidual, dweight = _backward_outputs(dy, dsummed, summed, weight, rstd, want_dx, want_dresidual, want_dweight)
+    rows, dy_rows = dense_rows(summed), dense_rows(dy)
+    dsummed_rows = rows if dsummed is None else dense_rows(dsummed)
+    n_rows, width = rows.shape[0], int(rows.shape[1])
+    launch = backward_launch(n_rows, width, target_of(dy))
+    partial = torch.empty((*launch.grid, width), dtype=torch.float32, device=dy.device) if want_dweight else None
+    if n_rows:
+        with device_of(dy):
+            wrap_triton(_backward_kernel)[launch.grid](
+                dy_ptr=dy_rows,
+                dsummed_ptr=None if dsummed is None else dsummed_rows,
+                summed_ptr=rows,
+                weight_ptr=weight.contiguous(),
+                rstd_ptr=rstd,
+                dx_ptr=dx if want_dx else None,
+                dresidual_ptr=dresidual if want_dresidual else None,
+                partial_ptr=partial,
+                n_rows=n_rows,
+                **aligned_strides(
+                    dy_stride=dy_rows.stride(0), dsummed_stride=dsummed_rows.stride(0), summed_stride=rows.stride(0)
+                ),
+                D=width,
+                **launch.options,
+            )
+    if partial is not None:
+        dweight = partial.sum(0).to(weight.dtype)
+    return dx, dresidual, dweight
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _save_rms_norm(ctx, inputs, output):
+    x, weight, _ = inputs
+    _, rstd = output
+    ctx.save_for_backward(x, weight, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_rms_norm(ctx, dy, _):
+    x, weight, rstd = ctx.saved_tensors
+    want_dx, want_dweight, _ = ctx.needs_input_grad
+    if dy is None:
+        return None, None, None
+    dx, _, dweight = _rms_norm_backward(dy, None, x, weight, rstd, want_dx, False, want_dweight)
+    return dx if want_dx else None, dweight if want_dweight else None, None
+
+
+_rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_save_rms_norm)
+
+
+def _save_add_rms_norm(ctx, inputs, output):
+    x, _, weight, _ = inputs
+    _, summed, rstd = output
+    ctx.save_for_backward(summed, weight, rstd)
+    ctx.x_dtype = x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_add_rms_norm(ctx, dy, dsummed, _):
+    summed, weight, rstd = ctx.saved_tensors
+    want_dx, want_dresidual, want_dweight, _ = ctx.needs_input_grad
+    dweight = None
+    if dy is None:
+        dx = dresidual = dsummed
+        if want_dx and dsummed is not None:
+            dx = dsummed.to(ctx.x_dtype)
+    else:
+        shared = summed.dtype == ctx.x_dtype  # then x and residual have one gradient
+        dx, dresidual, dweight = _rms_norm_backward(
+            dy,
+            dsummed,
+            summed,
+            weight,
+            rstd,
+            want_dx or (shared and want_dresidual),
+            want_dresidual and not shared,
+            want_dweight,
+        )
+        if shared:
+            dresidual = dx
+    return dx if want_dx else None, dresidual if want_dresidual else None, dweight if want_dweight else None, None
+
+
+_add_rms_norm.register_autograd(_differentiate_add_rms_norm, setup_context=_save_add_rms_norm)
+
+
+# --------------------------------------------------------------------------------------------------------------- public
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm_torch` by Triton kernels, but for float64."""
+    _check("rms_norm", x, None, weight, KERNEL_DTYPES)
+    check_usable("rms_norm", x.device)
+    return _rms_norm(x, weight, float(eps))[0]
+
+
+def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_torch` by Triton kernels, but for float64."""
+    _check("add_rms_norm", x, residual, weight, KERNEL_DTYPES)
+    check_usable("add_rms_norm", x.device)
+    y, summed, _ = _add_rms_norm(x, residual, weight, float(eps))
+    return y, summed

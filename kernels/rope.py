@@ -1,0 +1,236 @@
+"""Rotary position embedding of queries and keys (Su et al., 2021, arXiv:2104.09864), half-split as in Hugging Face.
+
+Forward, for each head and i < D/2, with the row of the tables that belongs to the position:
+
+    x'[i]       = x[i] · cos[i] − x[i + D/2] · sin[i]
+    x'[i + D/2] = x[i + D/2] · cos[i] + x[i] · sin[i]
+
+Backward: a rotation's transpose is the rotation back, so it is the forward with −sin; nothing is saved but the tables,
+which are constants and get no gradient. All arithmetic is float32, with one cast at the end.
+
+Bytes for N = B · T positions in e bytes an element, forward or backward, each read and written once:
+
+    read            written         together
+    q, k            q', k'          2 e N (H + Hkv) D       and 4 T D for the tables
+
+One launch does q and k, read where they lie: slices of a packed qkv, whose heads are dense and whose positions are not.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.launch import (
+    KERNEL_DTYPES,
+    REFERENCE_DTYPES,
+    Launch,
+    Target,
+    aligned_strides,
+    ceil_div,
+    check_tensor,
+    check_usable,
+    device_of,
+    next_power_of_2,
+    register_op,
+    target_of,
+    tl,
+    triton,
+    warps_for,
+    wrap_triton,
+)
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each position's queries and keys by the angles of its row of the tables.
+
+    q: (B, T, H, D), k: (B, T, Hkv, D), D even, cos and sin: (T, D/2), float32 (float64 beside float64 q and k).
+    Returns q' and k' like q and k, contiguous. Raises ValueError on anything else.
+    """
+    _check(q, k, cos, sin, REFERENCE_DTYPES)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    cos, sin = cos.to(low.dtype)[:, None], sin.to(low.dtype)[:, None]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_tensor("rope", "q", q, ("B", "T", "H", "D"), dtypes)
+    batch, time, _, width = q.shape
+    if width == 0 or width % 2:
+        raise ValueError(f"rope: q has shape {tuple(q.shape)}, wanted (B, T, H, D) with D even and at least 2")
+    check_tensor("rope", "k", k, (batch, time, "Hkv", width), (q.dtype,), q.device)
+    for name, table in (("cos", cos), ("sin", sin)):
+        table_dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+        check_tensor("rope", name, table, (time, width // 2), table_dtypes, q.device)
+        if table.requires_grad:
+            raise ValueError(f"rope: {name} requires a gradient, wanted a constant table")
+
+
+# --------------------------------------------------------------------------------------------------------------- kernel
+
+
+@triton.jit
+def _rotate_tile(
+    x_ptr,
+    out_ptr,
+    cos,
+    sin,
+    batch,
+    time,
+    position,
+    n_positions,
+    first_head,
+    stride_b,
+    stride_t,
+    stride_h,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rotate BLOCK_H heads from `first_head` at [BLOCK_T, 1, 1] positions by cos and sin [BLOCK_T, 1, BLOCK_D]."""
+    HALF: tl.constexpr = WIDTH // 2
+    head = first_head + tl.arange(0, BLOCK_H)[None, :, None]
+    cols = tl.arange(0, BLOCK_D)[None, None, :]
+    mask = (position < n_positions) & (head < HEADS) & (cols < HALF)
+    low_ptr = x_ptr + (batch * stride_b + time * stride_t + head.to(tl.int64) * stride_h) * ALIGNMENT + cols
+    low = tl.load(low_ptr, mask, other=0.0).to(tl.float32)
+    high = tl.load(low_ptr + HALF, mask, other=0.0).to(tl.float32)
+    out_low_ptr = out_ptr + (position * HEADS + head) * WIDTH + cols
+    tl.store(out_low_ptr, (low * cos - high * sin).to(out_ptr.dtype.element_ty), mask)
+    tl.store(out_low_ptr + HALF, (high * cos + low * sin).to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rope_kernel(
+    q_ptr,
+    k_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    n_positions,  # B · T
+    n_times,  # T
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BACK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # One grid axis: the tiles of q's heads and then of k's, at the same positions, follow each other.
+    N_Q_TILES: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
+    N_TILES: tl.constexpr = N_Q_TILES + (K_HEADS + BLOCK_H - 1) // BLOCK_H
+    program = tl.program_id(0).to(tl.int64)
+    tile = program % N_TILES
+    position = program // N_TILES * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    batch, time = position // n_times, position % n_times
+    cols = tl.arange(0, BLOCK_D)[None, None, :]
+    table_mask = (position < n_positions) & (cols < WIDTH // 2)
+    cos = tl.load(cos_ptr + time * (WIDTH // 2) + cols, table_mask, other=0.0)
+    sin = tl.load(sin_ptr + time * (WIDTH // 2) + cols, table_mask, other=0.0)
+    if BACK:
+        sin = -sin
+    # fmt: off
+    if tile < N_Q_TILES:
+        _rotate_tile(q_ptr, q_out_ptr, cos, sin, batch, time, position, n_positions, tile * BLOCK_H,
+                     q_stride_b, q_stride_t, q_stride_h, Q_HEADS, WIDTH, ALIGNMENT, BLOCK_H, BLOCK_D)
+    else:
+        _rotate_tile(k_ptr, k_out_ptr, cos, sin, batch, time, position, n_positions, (tile - N_Q_TILES) * BLOCK_H,
+                     k_stride_b, k_stride_t, k_stride_h, K_HEADS, WIDTH, ALIGNMENT, BLOCK_H, BLOCK_D)
+    # fmt: on
+
+
+# --------------------------------------------------------------------------------------------------------------- launch
+
+
+def rope_launch(n_positions: int, q_heads: int, k_heads: int, width: int, target: Target) -> Launch:
+    """Tiles of about 1024 pairs: as many heads of one position as there are (of k, if fewer), then more positions."""
+    block_d = next_power_of_2(width // 2)
+    heads = min(heads for heads in (q_heads, k_heads) if heads) if q_heads or k_heads else 1
+    block_h = max(1, min(next_power_of_2(heads), 1024 // block_d))
+    block_t = max(1, 1024 // (block_d * block_h))
+    n_tiles = ceil_div(q_heads, block_h) + ceil_div(k_heads, block_h)
+    tiles = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_D": block_d}
+    return Launch((ceil_div(n_positions, block_t) * n_tiles,), tiles, warps_for(block_t * block_h * block_d, 8, target))
+
+
+def _outputs(q, k, cos, sin, back):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+
+
+@register_op(fake=_outputs)
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _outputs(q, k, cos, sin, back)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    batch, time, q_heads, width = q.shape
+    q_heads, k_heads, width = int(q_heads), int(k.shape[2]), int(width)
+    launch = rope_launch(batch * time, q_heads, k_heads, width, target_of(q))
+    if batch * time * (q_heads + k_heads):
+        with device_of(q):
+            wrap_triton(_rope_kernel)[launch.grid](
+                q_ptr=q,
+                k_ptr=k,
+                cos_ptr=cos.contiguous(),
+                sin_ptr=sin.contiguous(),
+                q_out_ptr=q_out,
+                k_out_ptr=k_out,
+                n_positions=batch * time,
+                n_times=time,
+                **aligned_strides(
+                    q_stride_b=q.stride(0),
+                    q_stride_t=q.stride(1),
+                    q_stride_h=q.stride(2),
+                    k_stride_b=k.stride(0),
+                    k_stride_t=k.stride(1),
+                    k_stride_h=k.stride(2),
+                ),
+                Q_HEADS=q_heads,
+                K_HEADS=k_heads,
+                WIDTH=width,
+                BACK=back,
+                **launch.options,
+            )
+    return q_out, k_out
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx, inputs, output):
+    _, _, cos, sin, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dq, dk):
+    want_dq = dq is not None and ctx.needs_input_grad[0]
+    want_dk = dk is not None and ctx.needs_input_grad[1]
+    if not (want_dq or want_dk):
+        return None, None, None, None, None
+    # What is not wanted goes in with no heads, and costs nothing.
+    dq, dk = _rope(dq if want_dq else dk[:, :, :0], dk if want_dk else dq[:, :, :0], *ctx.saved_tensors, not ctx.back)
+    return dq if want_dq else None, dk if want_dk else None, None, None, None
+
+
+_rope.register_autograd(_differentiate, setup_context=_save)
+
+
+def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope_torch` by a Triton kernel, but for float64."""
+    _check(q, k, cos, sin, KERNEL_DTYPES)
+    check_usable("rope", q.device)
+    return _rope(q, k, cos, sin, False)

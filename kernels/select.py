@@ -1,0 +1,69 @@
+"""The two sets of operations, and which of them each layer gets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kernels import grammar
+from kernels.attention import attention_torch
+from kernels.linear_cross_entropy import linear_cross_entropy_torch
+from kernels.rms_norm import add_rms_norm_torch, rms_norm_torch
+from kernels.rope import rope_torch
+from kernels.swiglu import swiglu_torch
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations of a Llama. Signatures, shapes and dtypes are those of the torch twin in each op's file."""
+
+    rms_norm: Callable
+    add_rms_norm: Callable
+    rope: Callable
+    swiglu: Callable
+    attention: Callable
+    linear_cross_entropy: Callable
+
+
+# The fields of Ops that one switch turns.
+FIELDS = {switch: (switch,) for switch in grammar.SWITCHES} | {"rms_norm": ("rms_norm", "add_rms_norm")}
+
+
+def _missing(op: str) -> Callable:
+    def no_kernel_yet(*args, **kwargs):
+        raise NotImplementedError(f"kernels.TRITON.{op}: there is no Triton kernel yet; use kernels.TORCH.{op}")
+
+    return no_kernel_yet
+
+
+TORCH = Ops(
+    rms_norm=rms_norm_torch,
+    add_rms_norm=add_rms_norm_torch,
+    rope=rope_torch,
+    swiglu=swiglu_torch,
+    attention=attention_torch,
+    linear_cross_entropy=linear_cross_entropy_torch,
+)
+
+TRITON = Ops(
+    rms_norm=_missing("rms_norm"),
+    add_rms_norm=_missing("add_rms_norm"),
+    rope=_missing("rope"),
+    swiglu=_missing("swiglu"),
+    attention=_missing("attention"),
+    linear_cross_entropy=_missing("linear_cross_entropy"),
+)
+
+
+def select(spec: str, n_layers: int) -> list[Ops]:
+    """Ops of each layer, then those of the final norm and the loss head: `n_layers + 1` of them.
+
+    spec: the grammar of `kernels.grammar`, e.g. `all,-rope@0-1`. What it does not turn to Triton stays torch.
+    Places with equal selections share one Ops, so that compiled layers can share their code.
+    Raises ValueError as `kernels.grammar.parse` does.
+    """
+    made: dict[frozenset[str], Ops] = {}
+    return [made.setdefault(switches, _mixed(switches)) for switches in grammar.parse(spec, n_layers)]
+
+
+def _mixed(switches: frozenset[str]) -> Ops:
+    fields = [field for switch in switches for field in FIELDS[switch]]
+    return replace(TORCH, **{field: getattr(TRITON, field) for field in fields})

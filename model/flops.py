@@ -1,0 +1,87 @@
+"""Parameters, FLOPs and bytes of a training step in closed form. Imports nothing heavy.
+
+FLOPs a token = 6 * N_matmul + 12 * L * H * D * T: two a multiply-add, and the backward twice the forward. N_matmul counts the
+weights of every matrix product, the output head included and the input embedding not (a look-up multiplies nothing);
+attention's two products count all T keys, the causal half not taken off. MFU is this over the GPU's dense peak.
+"""
+
+from dataclasses import dataclass
+
+from model.config import LlamaConfig
+
+FLOAT32 = 4
+
+
+def matmul_parameters(config: LlamaConfig) -> int:
+    """N_matmul: weights that take part in a matrix product, the output head included even where it is tied."""
+    kv = config.n_kv_heads * config.head_dim
+    layer = config.dim * (config.dim + 2 * kv) + config.dim * config.dim + 3 * config.dim * config.hidden_dim
+    return config.n_layers * layer + config.vocab_size * config.dim
+
+
+def parameters(config: LlamaConfig) -> int:
+    """All parameters; a tied head is counted once."""
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    norms = (2 * config.n_layers + 1) * config.dim
+    return matmul_parameters(config) + embedding + norms
+
+
+def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> int:
+    """Forward and backward FLOPs of one token; sequence_length in tokens, max_seq_len if not given."""
+    length = sequence_length or config.max_seq_len
+    return 6 * matmul_parameters(config) + 12 * config.n_layers * config.n_heads * config.head_dim * length
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one kind of operation costs in a whole optimizer step."""
+
+    op: str
+    flops: int
+    bytes: int
+    """Device memory read and written, each tensor once an operation that touches it."""
+
+
+def step_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2) -> list[Cost]:
+    """The floor of a step, op by op, if each op reads its inputs and writes its outputs once.
+
+    micro_batch: sequences; micro_steps: accumulated; activation_bytes: 2 for half precision, 4 for float32.
+    Per op and micro-step, with M tokens and a = activation_bytes (forward + backward):
+      embedding  gather: read and write M dim; backward: read M dim a, accumulate into the float32 gradient
+      linear     x, W, y forward; dy, W, dx and dy, x, dW (float32, accumulated: read and written) backward
+      rms_norm   first: x, y | dy, x, dx;  add + norm: branch, residual, y, sum | dy, dsum, sum, dx (one gradient for both)
+      rope       q, k read and written, forward and backward
+      swiglu     2F read, F written | F and 2F read, 2F written
+      attention  q, k, v, o | q, k, v, o, do, dq, dk, dv, and the float32 log-sum-exp written and read
+      loss head  hidden, W | dhidden, dW; a chunk's logits are written, read and rewritten as their gradient, and read twice
+      optimizer  p, g, m, v read, p, m, v written, and in half precision the copy of the matrices, once a step
+    """
+    a = activation_bytes
+    tokens = micro_batch * config.max_seq_len
+    dim, ffn, layers, vocab = config.dim, config.hidden_dim, config.n_layers, config.vocab_size
+    q, kv = config.dim, config.n_kv_heads * config.head_dim
+    head = vocab * dim
+
+    def gemm(inputs: int, outputs: int) -> int:
+        forward = tokens * (inputs + outputs) * a + inputs * outputs * a
+        gradient_of_input = forward
+        gradient_of_weight = tokens * (inputs + outputs) * a + 2 * inputs * outputs * FLOAT32
+        return forward + gradient_of_input + gradient_of_weight
+
+    linears = [(dim, q + 2 * kv), (q, dim), (dim, 2 * ffn), (ffn, dim)]
+    weights = sum(i * o for i, o in linears)
+    norms = 2 * layers * tokens * dim * (4 + 4) * a + tokens * dim * (2 + 3) * a
+    attention = tokens * ((2 * q + 2 * kv) + (4 * q + 4 * kv)) * a + 2 * tokens * config.n_heads * FLOAT32
+    loss_head = tokens * dim * 4 * a + 2 * head * a + 2 * head * FLOAT32 + tokens * vocab * 5 * a
+    micro_step = [
+        Cost("embedding", 0, tokens * dim * 3 * a + 2 * tokens * dim * FLOAT32),
+        Cost("linear", 6 * tokens * layers * weights, layers * sum(gemm(i, o) for i, o in linears)),
+        Cost("rms_norm", 0, norms),
+        Cost("rope", 0, layers * tokens * (q + kv) * 4 * a),
+        Cost("swiglu", 0, layers * tokens * ffn * (3 + 5) * a),
+        Cost("attention", 12 * layers * tokens * q * config.max_seq_len, layers * attention),
+        Cost("linear_cross_entropy", 6 * tokens * head, loss_head),
+    ]
+    copies = layers * weights * a if a < FLOAT32 else 0
+    update = Cost("optimizer", 0, 7 * parameters(config) * FLOAT32 + copies)
+    return [Cost(c.op, c.flops * micro_steps, c.bytes * micro_steps) for c in micro_step] + [update]

@@ -1,0 +1,58 @@
+"""Weights in and out under the names of Hugging Face's Llama, in which checkpoints are written.
+
+Here wqkv packs [q, k, v] and w_gate_up packs [gate, up]; there each is its own tensor. RoPE pairs (i, i + D/2) on both
+sides, so nothing is permuted. A tied head is stored once, under the embedding's name.
+"""
+
+import torch
+from torch import Tensor
+
+from model.config import LlamaConfig
+
+_LAYER = {
+    "attention_norm": ("input_layernorm.weight",),
+    "wqkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "wo.weight": ("self_attn.o_proj.weight",),
+    "ffn_norm": ("post_attention_layernorm.weight",),
+    "w_gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "w_down.weight": ("mlp.down_proj.weight",),
+}
+
+
+def names(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
+    """For each parameter of `Llama`, the names of the tensors that it packs along its first dimension, in order."""
+    table = {"embedding": ("model.embed_tokens.weight",)}
+    for i in range(config.n_layers):
+        table |= {
+            f"layers.{i}.{ours}": tuple(f"model.layers.{i}.{t}" for t in theirs) for ours, theirs in _LAYER.items()
+        }
+    table["final_norm"] = ("model.norm.weight",)
+    if not config.tie_embeddings:
+        table["head"] = ("lm_head.weight",)
+    return table
+
+
+def unpack(config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of `Llama` by name (or anything of their shapes, such as an optimizer's moments) as canonical tensors."""
+    kv = config.n_kv_heads * config.head_dim
+    rows = {"wqkv.weight": (config.dim, kv, kv), "w_gate_up.weight": (config.hidden_dim, config.hidden_dim)}
+    canonical = {}
+    for ours, theirs in names(config).items():
+        widths = next((widths for end, widths in rows.items() if ours.endswith(end)), None)
+        parts = tensors[ours].split(widths) if widths else (tensors[ours],)
+        canonical |= dict(zip(theirs, parts, strict=True))
+    return canonical
+
+
+def pack(config: LlamaConfig, canonical: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `unpack`. Raises ValueError that lists what is missing and what does not belong."""
+    table = names(config)
+    wanted = {name for theirs in table.values() for name in theirs}
+    missing, unknown = sorted(wanted - canonical.keys()), sorted(canonical.keys() - wanted)
+    if missing or unknown:
+        raise ValueError(f"weights do not fit the model: missing {_some(missing)}; not part of it {_some(unknown)}")
+    return {ours: torch.cat([canonical[name] for name in theirs]) for ours, theirs in table.items()}
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "") if items else "none"

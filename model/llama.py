@@ -1,0 +1,163 @@
+"""Llama 3: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases (https://arxiv.org/abs/2407.21783).
+
+The residual stream r is in the compute dtype. Each norm but the first takes in the branch before it, in one op:
+
+    r = embedding(tokens)                        y = rms_norm(r)
+    layer:  a = attention(rope(split(wqkv y)))   y, r = add_rms_norm(wo a, r)
+            f = swiglu(w_gate_up y)              y, r = add_rms_norm(w_down f, r)     (of the next layer, or the final norm)
+    loss = linear_cross_entropy(y, head)
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import Ops
+from model.config import LlamaConfig
+from model.linear import Linear, linear
+from model.rope import rope_tables
+
+INIT_STD = 0.02
+
+
+class Layer(nn.Module):
+    """One layer: the norm that opens it, attention, the second norm, the feed-forward."""
+
+    def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv_widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        self.attention_norm = nn.Parameter(torch.ones(config.dim))
+        self.wqkv = Linear(config.dim, sum(self.qkv_widths), compute_dtype)
+        self.wo = Linear(config.dim, config.dim, compute_dtype)
+        self.ffn_norm = nn.Parameter(torch.ones(config.dim))
+        self.w_gate_up = Linear(config.dim, 2 * config.hidden_dim, compute_dtype)
+        self.w_down = Linear(config.hidden_dim, config.dim, compute_dtype)
+
+    def qkv(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, D), keys and values (B, T, Hkv, D): views of one packed product of y (B, T, dim)."""
+        # split, not slices: the backward of a split writes the packed gradient once
+        q, k, v = self.wqkv(y).split(self.qkv_widths, dim=-1)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+
+    def attend(self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None) -> Tensor:
+        """The attention branch, (B, T, dim) -> (B, T, dim)."""
+        q, k, v = self.qkv(y)
+        q, k = ops.rope(q, k, cos, sin)
+        return self.wo(ops.attention(q, k, v, first_key).flatten(-2))
+
+    def feed_forward(self, ops: Ops, y: Tensor) -> Tensor:
+        """The SwiGLU branch, (B, T, dim) -> (B, T, dim)."""
+        return self.w_down(ops.swiglu(self.w_gate_up(y)))
+
+
+class Llama(nn.Module):
+    """The model. Parameters are float32; activations and the copies of the weights they meet are `compute_dtype`.
+
+    config: its shape. ops: `n_layers + 1` of them, from `kernels.select`; the last is for the final norm and the loss head.
+    After anything but the forward pass has written parameters (an optimizer, a checkpoint), call `refresh_compute_weights`.
+    """
+
+    def __init__(self, config: LlamaConfig, ops: Sequence[Ops], compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        config.check()
+        if len(ops) != config.n_layers + 1:
+            raise ValueError(
+                f"Llama: ops has {len(ops)} entries, wanted n_layers + 1 = {config.n_layers + 1} (kernels.select)"
+            )
+        if compute_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"Llama: compute_dtype is {compute_dtype}, wanted torch.float32, torch.bfloat16 or torch.float16"
+            )
+        self.config = config
+        self.ops = tuple(ops)
+        self.compute_dtype = compute_dtype
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.layers = nn.ModuleList(Layer(config, compute_dtype) for _ in range(config.n_layers))
+        self.final_norm = nn.Parameter(torch.ones(config.dim))
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        cos, sin = rope_tables(config)
+        device = self.embedding.device  # the meta device included, where a 405B model is counted
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal with deviation 0.02; the two projections that write the residual stream by 1/sqrt(2 * n_layers) of that."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(
+                    parameter, std=residual_std if name.endswith(("wo.weight", "w_down.weight")) else INIT_STD
+                )
+        self.refresh_compute_weights()
+
+    @torch.no_grad()
+    def refresh_compute_weights(self) -> None:
+        """Write the compute-dtype copies from the parameters, in place: their storage never moves."""
+        pairs = [
+            (m.compute_weight, m.weight)
+            for m in self.modules()
+            if isinstance(m, Linear) and m.compute_weight is not None
+        ]
+        if pairs:
+            copies, weights = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(copies), list(weights))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (vocab_size, dim) float32 weight of the output head: the embedding where they are tied."""
+        return self.embedding if self.head is None else self.head
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, first_key: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Loss if targets are given, else logits.
+
+        tokens: (B, T) int64, T at most max_seq_len. targets: (B, T) int64, -100 where a position does not count.
+        first_key: (B, T) int32, the first token each token may see (packed documents, windows); None: all before it.
+        reduction: "mean" over targets that count, or "sum". Returns a 0-d float32 loss in nats, or logits (B, T, V) float32.
+        """
+        hidden = self.hidden(tokens, first_key)
+        if targets is None:
+            return linear(hidden, self.head_weight, self._head_copy()).float()
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"Llama: targets has shape {tuple(targets.shape)}, tokens has {tuple(tokens.shape)}; they must be equal"
+            )
+        loss_head = self.ops[-1].linear_cross_entropy
+        return loss_head(hidden.flatten(0, 1), self.head_weight, targets.flatten(), reduction=reduction)
+
+    def hidden(self, tokens: Tensor, first_key: Tensor | None = None) -> Tensor:
+        """The final norm's output (B, T, dim), which the output head reads."""
+        config, ops = self.config, self.ops
+        if tokens.ndim != 2 or tokens.shape[1] > config.max_seq_len:
+            raise ValueError(
+                f"Llama: tokens has shape {tuple(tokens.shape)}, wanted (B, T) with T at most {config.max_seq_len}"
+            )
+        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+        residual = self._dropout(F.embedding(tokens, self.embedding).to(self.compute_dtype))
+        y = ops[0].rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
+        for i, layer in enumerate(self.layers):
+            if i > 0:
+                y, residual = ops[i].add_rms_norm(
+                    self._dropout(branch), residual, layer.attention_norm, config.norm_eps
+                )
+            branch = layer.attend(ops[i], y, cos, sin, first_key)
+            y, residual = ops[i].add_rms_norm(self._dropout(branch), residual, layer.ffn_norm, config.norm_eps)
+            branch = layer.feed_forward(ops[i], y)
+        y, _ = ops[-1].add_rms_norm(self._dropout(branch), residual, self.final_norm, config.norm_eps)
+        return y
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _head_copy(self) -> Tensor | None:
+        """The head in the compute dtype, for logits outside training; a step's loss head casts the float32 weight itself."""
+        return None if self.compute_dtype == torch.float32 else self.head_weight.detach().to(self.compute_dtype)

@@ -1,0 +1,300 @@
+"""Every option of a run: one dataclass, from which the parser and its help come (tyro). Imports neither torch nor triton.
+
+Defaults come from the preset, then from the run being resumed, then from a TOML file (`--config FILE`); the command line wins.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import tomllib
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+import tyro
+
+from kernels import grammar
+from model.config import PRESETS as SHAPES
+from model.config import LlamaConfig, option
+from training import checkpoint_folder
+from training.errors import UserError
+
+# What a preset says of the run, beside the shape it names in model/config.py.
+RUNS: dict[str, dict] = {
+    "smoke": {
+        "batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 3e-3,
+        "max_iters": 400,
+        "warmup_iters": 40,
+        "eval_interval": 100,
+        "eval_iters": 10,
+        "log_interval": 10,
+    },
+    "124m": {"batch_size": 64, "gradient_accumulation_steps": 8, "learning_rate": 6e-4},
+    "350m": {"batch_size": 16, "gradient_accumulation_steps": 16, "learning_rate": 3e-4},
+    "llama3.2-1b": {"batch_size": 4, "gradient_accumulation_steps": 8, "learning_rate": 3e-4},
+    "llama3.2-3b": {"batch_size": 2, "gradient_accumulation_steps": 16, "learning_rate": 3e-4},
+    "llama3.1-8b": {"batch_size": 1, "gradient_accumulation_steps": 32, "learning_rate": 3e-4},
+    "llama3.1-70b": {"batch_size": 1, "gradient_accumulation_steps": 64, "learning_rate": 1.5e-4},
+    "llama3.1-405b": {"batch_size": 1, "gradient_accumulation_steps": 128, "learning_rate": 8e-5},
+}
+
+
+@dataclass(kw_only=True)
+class TrainConfig(LlamaConfig):
+    """Train a Llama. Options not given come from the preset, or from the run that --init-from resume continues."""
+
+    n_kv_heads: Annotated[int, tyro.conf.arg(aliases=["--n-group"])] = 4
+    """Key and value heads; n_heads must be a multiple of it. --n-group is the reference's name for it."""
+
+    # Where things come from and go to
+    preset: str = "reference"
+    """Shape and run to start from: reference, smoke, 124m, 350m, llama3.2-1b, llama3.2-3b, llama3.1-8b, llama3.1-70b or llama3.1-405b."""
+    config: str = ""
+    """TOML file of defaults, keys spelled as the options; the command line wins."""
+    data: str = "stdlib"
+    """Text to train on: stdlib (Python's own source), tinystories (downloaded once), or a path: .txt, .jsonl, .parquet or a folder."""
+    data_dir: str = "data"
+    """Folder for downloads, tokenizers and token shards."""
+    tokenizer: str = ""
+    """A sentencepiece .model file of vocab_size tokens; empty: one is trained on the data."""
+    split_text: Literal["blank-lines", "whole"] = "blank-lines"
+    """How a .txt file is cut into documents."""
+    text_field: str = ""
+    """Field of a .jsonl or .parquet record that holds the text; empty: text, else story."""
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation, where the data has no validation split of its own."""
+    out_dir: str = "out"
+    """Folder of the run: checkpoints, metrics, the loss curve."""
+    init_from: Literal["scratch", "resume"] = "scratch"
+    """Start anew, or continue from the last checkpoint in out_dir, to the bit."""
+
+    # How long, how often
+    max_iters: int = 100_000
+    """Optimizer steps in the whole run; the learning rate's decay ends here."""
+    eval_interval: int = 2000
+    """Steps between evaluations."""
+    eval_iters: int = 100
+    """Batches of each split in an evaluation."""
+    eval_only: bool = False
+    """Evaluate once and exit."""
+    log_interval: int = 1
+    """Steps between log lines."""
+    always_save_checkpoint: bool = False
+    """Save at every evaluation, not only when the validation loss is better."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep; last and best are kept in any case."""
+    sample_tokens: int = 100
+    """Tokens of sample text at each evaluation and after the run; 0: none."""
+    sample_prompt: str = ""
+    """Text that the sample continues; empty: from the start of a document."""
+
+    # A step
+    batch_size: int = 128
+    """Sequences in a micro-step."""
+    gradient_accumulation_steps: int = 4
+    """Micro-steps in an optimizer step, over all processes."""
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at max_iters."""
+    warmup_iters: int = 1000
+    """Steps of linear warm-up."""
+    decay_lr: bool = True
+    """Whether the learning rate follows the schedule; else it is learning_rate throughout."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Decay: a half cosine, or WSD: constant, then linear over the last decay_iters steps."""
+    decay_iters: int = 0
+    """Steps of WSD's linear decay; 0: a fifth of max_iters."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the matrices; norms have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    max_skipped_steps: int = 20
+    """Updates in a row that may be skipped for a loss or gradient that is not finite before the run stops."""
+    seed: int = 1337
+    """Of the initial weights, the order of the data and dropout."""
+
+    # How it is computed
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype; parameters are float32. auto: bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU."""
+    compile: bool = False
+    """torch.compile the model; on by default where there is a GPU."""
+    fused: bool = False
+    """Triton kernels everywhere: short for --kernels all."""
+    kernels: str = ""
+    """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,rms_norm@out; empty: plain PyTorch."""
+    deterministic: bool = True
+    """Same inputs, same bits; --no-deterministic lifts it."""
+
+    # What is recorded
+    tensorboard: bool = True
+    """Write TensorBoard events to out_dir/tensorboard."""
+    wandb_log: bool = False
+    """Log to Weights & Biases (pip install 'triton-llama[wandb]')."""
+    wandb_project: str = "triton-llama"
+    """Weights & Biases project."""
+    wandb_run_name: str = ""
+    """Weights & Biases run name; empty: theirs."""
+    profile: bool = False
+    """Write a torch profiler trace of steps 3 to 5 to out_dir/profile.json."""
+
+    @property
+    def kernel_spec(self) -> str:
+        """The kernel selection that --fused and --kernels make together."""
+        return ",".join(part for part in ("all" if self.fused else "", self.kernels) if part) or "none"
+
+    def shape(self) -> LlamaConfig:
+        """The model's part."""
+        return LlamaConfig(**{f.name: getattr(self, f.name) for f in fields(LlamaConfig)})
+
+    def check(self) -> None:
+        """Raise UserError, naming the option, what was found and what is allowed, unless the run can be attempted."""
+        try:
+            super().check()
+            chosen = grammar.parse(self.kernel_spec, self.n_layers)
+        except ValueError as error:
+            raise UserError(error) from None
+        at_least = {
+            "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "max_iters": 1,
+            "eval_interval": 1,
+            "eval_iters": 1,
+        }
+        at_least |= {"log_interval": 1, "keep_checkpoints": 1, "max_skipped_steps": 1}
+        at_least |= {"warmup_iters": 0, "decay_iters": 0, "sample_tokens": 0}
+        at_least |= {"learning_rate": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0}
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least 0 and less than 1")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val-fraction is {self.val_fraction}; it must be between 0 and 1")
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"--min-lr {self.min_lr} is greater than --learning-rate {self.learning_rate}")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
+            raise UserError(f"--device is {self.device!r}; allowed: auto, cpu, cuda, cuda:N")
+        if any(chosen) and not _interpreting() and (self.device == "cpu" or not gpu_visible()):
+            raise no_gpu_for_kernels(self)
+
+
+def no_gpu_for_kernels(config: TrainConfig) -> UserError:
+    """What to say where Triton kernels are asked for and no GPU can run them: the two ways on."""
+    asked = "--fused" if config.fused else f"--kernels {config.kernels}"
+    where = "--device is cpu" if config.device == "cpu" else "no GPU was found"
+    return UserError(
+        f"{asked} runs Triton kernels, which need a GPU, and {where}. "
+        "Leave it off to train on plain PyTorch, or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
+    )
+
+
+def gpu_visible() -> bool:
+    """Whether a driver of a GPU that Triton can compile for is there: asked of the system, as torch is not imported yet."""
+    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The configuration that a command line asks for, checked.
+
+    Raises UserError for a mistake in an option's value or in a file of defaults, and SystemExit as tyro does: status 0
+    after --help, 2 for options it does not know or values of another type.
+    """
+    # Options that decide the defaults of the others are read ahead of the parser proper.
+    early = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    for name in ("preset", "config", "out_dir", "init_from", "device"):
+        early.add_argument(option(name), f"--{name}", dest=name)
+    try:
+        known = vars(early.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:  # a missing value: tyro says it better
+        known = {}
+    file = _read_toml(Path(known["config"]), "--config") if "config" in known else {}
+    asked = file | known
+    preset = asked.get("preset")
+    base = defaults(preset or "reference", asked.get("device", "auto"))
+    if asked.get("init_from") == "resume" and "--help" not in arguments:
+        path = checkpoint_folder.find(asked.get("out_dir", base.out_dir)) / "config.toml"
+        saved = replace(base, **_read_toml(path, "--init-from resume"))
+        base = saved if preset in (None, saved.preset) else replace(saved, **_preset_options(preset))
+        base = replace(base, config="", eval_only=False, profile=False)  # of that call, not of the run
+    base = replace(base, **file)
+    config = tyro.cli(TrainConfig, args=arguments, default=base, description=TrainConfig.__doc__)
+    config.check()
+    return config
+
+
+def defaults(preset: str, device: str = "auto") -> TrainConfig:
+    """The configuration of a preset as it is when nothing else is said. UserError, listing the presets, for an unknown one."""
+    return TrainConfig(**_preset_options(preset), compile=device != "cpu" and gpu_visible())
+
+
+def _preset_options(preset: str) -> dict:
+    if preset not in SHAPES:
+        raise UserError(f"--preset is {preset!r}; allowed: {', '.join(SHAPES)}")
+    return {"preset": preset} | SHAPES[preset] | RUNS.get(preset, {})
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The merged configuration as a file that --config reads."""
+    return tomli_w.dumps(asdict(config))
+
+
+def from_toml(text: str, name: str) -> TrainConfig:
+    """A configuration that `to_toml` wrote; name: of the file, for errors."""
+    return TrainConfig(**_options(tomllib.loads(text), name))
+
+
+def _read_toml(path: Path, source: str) -> dict:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{source}: {path} could not be read: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise UserError(f"{source}: {path} is not a TOML file: {error}") from None
+    return _options(table, str(path))
+
+
+def _options(table: dict, path: str) -> dict:
+    """Checks keys and types of a table of options; keys may be spelled with dashes. The alias n_group is understood."""
+    types = typing.get_type_hints(TrainConfig)
+    options = {}
+    for key, value in table.items():
+        name = {"n_group": "n_kv_heads"}.get(key.replace("-", "_"), key.replace("-", "_"))
+        if name not in types:
+            close = difflib.get_close_matches(name, types, n=1)
+            raise UserError(f"{path}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        wanted = types[name]
+        if typing.get_origin(wanted) is Literal:
+            if value not in typing.get_args(wanted):
+                raise UserError(f"{path}: {key} is {value!r}; allowed: {', '.join(typing.get_args(wanted))}")
+        else:
+            if wanted is float and type(value) is int:
+                value = float(value)
+            if type(value) is not wanted:
+                raise UserError(f"{path}: {key} is {value!r}, of type {type(value).__name__}; wanted {wanted.__name__}")
+        options[name] = value
+    return options
+
+
+def fail(error: UserError) -> typing.NoReturn:
+    """Print a user's mistake as one line and exit with status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,57 @@
+"""What a run shows on stdout: lines that scroll and, on a terminal, a progress bar below them."""
+
+import os
+import sys
+
+
+class Console:
+    """Prints lines. Where stdout is a file or a pipe that is all: no control character is ever written to one."""
+
+    def __init__(self, total_steps: int, start_step: int):
+        self._progress = None
+        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            self._progress, self._task = _progress_bar(total_steps, start_step)
+
+    def print(self, text: str) -> None:
+        """One or more lines; characters that a terminal would obey, or that stdout cannot encode, are shown escaped."""
+        text = _printable(text, sys.stdout.encoding or "utf-8")
+        if self._progress is None:
+            print(text, flush=True)
+        else:
+            self._progress.console.out(text, highlight=False)
+
+    def advance(self, step: int, loss: float) -> None:
+        """Move the bar to `step`."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, loss=f"{loss:.4f}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands; lines can still be printed."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _progress_bar(total_steps: int, start_step: int):
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    progress = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeRemainingColumn(),
+        console=Terminal(file=sys.stdout, force_terminal=True),
+        refresh_per_second=2,
+        speed_estimate_period=300,  # seconds; an evaluation in between should not throw the estimate off
+    )
+    task = progress.add_task("", total=total_steps, completed=start_step, loss="-")
+    progress.start()
+    return progress, task
+
+
+def _printable(text: str, encoding: str) -> str:
+    # A sample of a young model holds any character, escape sequences included.
+    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,61 @@
+"""The device of a run, its compute dtype, and whether it repeats itself to the bit."""
+
+import os
+
+import torch
+
+from training.config import TrainConfig, no_gpu_for_kernels
+from training.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(config: TrainConfig, local_rank: int = 0) -> torch.device:
+    """The device that --device asks for. UserError where it is not there, or where Triton kernels would have no GPU."""
+    has_gpu = torch.cuda.is_available()
+    name = config.device if config.device != "auto" else ("cuda" if has_gpu else "cpu")
+    if name.startswith("cuda") and not has_gpu:
+        raise UserError(f"--device is {config.device}, and PyTorch {torch.__version__} finds no GPU; allowed here: auto, cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index if device.index is not None else local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device is cuda:{device.index}; this machine has {torch.cuda.device_count()} GPUs, from cuda:0")
+        torch.cuda.set_device(device)
+    elif config.kernel_spec != "none" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise no_gpu_for_kernels(config)
+    return device
+
+
+def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The compute dtype that --dtype asks for. UserError where the device does not have it."""
+    if config.dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        # is_bf16_supported would also say yes where bfloat16 is emulated
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    dtype = DTYPES[config.dtype]
+    try:
+        if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+            raise RuntimeError("its compute capability is under 8.0")
+        x = torch.ones(8, 8, dtype=dtype, device=device)
+        torch.nn.functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None])
+        (x @ x).sum().item()
+    except RuntimeError as error:
+        allowed = ", ".join(name for name in DTYPES if name != config.dtype)
+        raise UserError(f"--dtype is {config.dtype}, which {device} does not have ({error}); try one of {allowed}") from None
+    return dtype
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Make equal inputs give equal bits, or lift that. Before the first use of a GPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic)
+    # The switch also fills fresh memory, a debugging aid that would write every buffer twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def memory_name(device: torch.device) -> str:
+    """What the device is called in the log: the GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

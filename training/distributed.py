@@ -1,0 +1,75 @@
+"""One process or many: who this one is, and sums over all of them. torchrun sets the environment; without it there is one."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.config import TrainConfig
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank in [0, size), local_rank on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the logs and the checkpoints."""
+        return self.rank == 0
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over all processes. The order of the sum is fixed."""
+        if self.size == 1:
+            return
+        with_kind: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            with_kind.setdefault(tensor.dtype, []).append(tensor)
+        for group in with_kind.values():
+            flat = torch.cat([t.flatten() for t in group])  # one message, not one a parameter
+            dist.all_reduce(flat)
+            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` holds in any process."""
+        return self.total(int(flag), device) > 0
+
+    def total(self, count: int, device: torch.device) -> int:
+        """Sum of a count over all processes."""
+        if self.size == 1:
+            return count
+        total = torch.tensor(count, device=device)
+        dist.all_reduce(total)
+        return int(total)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(config: TrainConfig) -> World:
+    """The world that torchrun describes. UserError unless the micro-steps of a step divide evenly among its processes."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if config.gradient_accumulation_steps % size:
+        raise UserError(
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps} is not divisible by the {size} processes "
+            "that share them"
+        )
+    dist.init_process_group("nccl" if config.device != "cpu" and torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]))
+
+
+def leave(world: World) -> None:
+    """Close what `join` opened."""
+    if world.size > 1:
+        dist.destroy_process_group()
