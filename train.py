@@ -15,7 +15,9 @@ from training.errors import UserError
 def main() -> None:
     """Parse the command line and train. A user's mistake is one line on stderr and exit status 2."""
     try:
-        config = parse(sys.argv[1:])  # --help and every mistake in the options are answered here, before torch is imported
+        config = parse(
+            sys.argv[1:]
+        )  # --help and every mistake in the options are answered here, before torch is imported
         aside = checkpoint_folder.claim(config.out_dir, resume=config.init_from == "resume")
         train(config, aside)
     except UserError as error:
@@ -49,7 +51,11 @@ def train(config: TrainConfig, note: str = "") -> None:
 
     # ---- the data: text to tokens, once; then the batch of a step is a function of (seed, step)
     options = {"vocab_size": config.vocab_size, "data_dir": config.data_dir, "tokenizer_file": config.tokenizer or None}
-    options |= {"split_text": config.split_text, "text_field": config.text_field or None, "val_fraction": config.val_fraction}
+    options |= {
+        "split_text": config.split_text,
+        "text_field": config.text_field or None,
+        "val_fraction": config.val_fraction,
+    }
     if world.is_main:  # the others find it made
         prepare(config.data, **options, progress=True)
     world.wait()
@@ -66,7 +72,9 @@ def train(config: TrainConfig, note: str = "") -> None:
     def load(step: int):
         """This process's micro-batches of a step, and how many of their targets count."""
         first = world.rank * micro_steps
-        parts = [batches.sequences(step, (first + i) * config.batch_size, config.batch_size) for i in range(micro_steps)]
+        parts = [
+            batches.sequences(step, (first + i) * config.batch_size, config.batch_size) for i in range(micro_steps)
+        ]
         return parts, sum(int((part.targets != -100).sum()) for part in parts)
 
     # ---- the model, from scratch or from the last checkpoint
@@ -160,9 +168,7 @@ def train(config: TrainConfig, note: str = "") -> None:
                             loss=loss,
                             lr=lr,
                             ms=1000 * seconds,
-                            mfu=hardware.mfu(
-                                flops_per_token, rate / world.size, memory_name(device), dtype_name
-                            ),
+                            mfu=hardware.mfu(flops_per_token, rate / world.size, memory_name(device), dtype_name),
                             tflops=flops_per_token * rate / world.size / 1e12,
                             tokens_per_second=rate,
                             grad_norm=grad_norm,
@@ -190,7 +196,9 @@ def train(config: TrainConfig, note: str = "") -> None:
         distributed.leave(world)
     if world.is_main and not config.eval_only:
         draw_loss_curve(f"{config.out_dir}/metrics.jsonl", f"{config.out_dir}/loss.png")
-        print(f"done: {progress.step} steps, best val loss {progress.best_val_loss:.4f}, everything is in {config.out_dir}")
+        print(
+            f"done: {progress.step} steps, best val loss {progress.best_val_loss:.4f}, everything is in {config.out_dir}"
+        )
 
 
 class StopSignal:

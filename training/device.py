@@ -15,12 +15,16 @@ def resolve_device(config: TrainConfig, local_rank: int = 0) -> torch.device:
     has_gpu = torch.cuda.is_available()
     name = config.device if config.device != "auto" else ("cuda" if has_gpu else "cpu")
     if name.startswith("cuda") and not has_gpu:
-        raise UserError(f"--device is {config.device}, and PyTorch {torch.__version__} finds no GPU; allowed here: auto, cpu")
+        raise UserError(
+            f"--device is {config.device}, and PyTorch {torch.__version__} finds no GPU; allowed here: auto, cpu"
+        )
     device = torch.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None else local_rank)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device is cuda:{device.index}; this machine has {torch.cuda.device_count()} GPUs, from cuda:0")
+            raise UserError(
+                f"--device is cuda:{device.index}; this machine has {torch.cuda.device_count()} GPUs, from cuda:0"
+            )
         torch.cuda.set_device(device)
     elif config.kernel_spec != "none" and os.environ.get("TRITON_INTERPRET") != "1":
         raise no_gpu_for_kernels(config)
@@ -43,7 +47,9 @@ def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
         (x @ x).sum().item()
     except RuntimeError as error:
         allowed = ", ".join(name for name in DTYPES if name != config.dtype)
-        raise UserError(f"--dtype is {config.dtype}, which {device} does not have ({error}); try one of {allowed}") from None
+        raise UserError(
+            f"--dtype is {config.dtype}, which {device} does not have ({error}); try one of {allowed}"
+        ) from None
     return dtype
 
 
