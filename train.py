@@ -32,7 +32,7 @@ def train(config: TrainConfig, note: str = "") -> None:
     from model import Llama, flops, generation
     from training import distributed, hardware, state
     from training.batches import Batches, prefetch
-    from training.device import memory_name, resolve_device, resolve_dtype, set_determinism
+    from training.device import memory_name, resolve_device, resolve_dtype, seed_step, set_determinism
     from training.metrics import Metrics, StepRecord
     from training.plot import draw_loss_curve
     from training.schedule import learning_rate
@@ -70,7 +70,7 @@ def train(config: TrainConfig, note: str = "") -> None:
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.max_seq_len
 
     def load(step: int):
-        """This process's micro-batches of a step, and how many of their targets count."""
+        """The micro-batches that fall to this process in a step, and how many of their targets count."""
         first = world.rank * micro_steps
         parts = [
             batches.sequences(step, (first + i) * config.batch_size, config.batch_size) for i in range(micro_steps)
@@ -117,8 +117,11 @@ def train(config: TrainConfig, note: str = "") -> None:
         for split, source in eval_batches.items():
             count = min(config.eval_iters, int(source.steps_per_epoch))
             mine = range(world.rank, count, world.size)
-            read = lambda i, source=source, mine=mine: source.sequences(mine[i], 0, config.batch_size)
-            losses[split], _ = trainer.evaluate(prefetch(read, 0, len(mine), device=device))
+            losses[split] = trainer.evaluate(
+                prefetch(
+                    lambda i, s=source, m=mine: s.sequences(m[i], 0, config.batch_size), 0, len(mine), device=device
+                )
+            )
         bits = losses["val"] / math.log(2) * dataset.val.n_tokens / dataset.val.n_bytes
         if world.is_main:
             metrics.evaluation(progress.step, losses["train"], losses["val"], bits, sample_text())
@@ -151,8 +154,8 @@ def train(config: TrainConfig, note: str = "") -> None:
                 start = time.perf_counter()
                 parts, valid = next(steps)
                 lr = learning_rate(config, progress.step)
-                if config.dropout:  # of (seed, step, rank) alone, like the batch
-                    torch.manual_seed(hash((config.seed, progress.step, world.rank)) & (2**63 - 1))
+                if config.dropout:
+                    seed_step(config.seed, progress.step, world.rank)
                 result = trainer.step(parts, world.total(valid, device), lr)
                 loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, result.skipped]).tolist()
                 seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ OUT_SWITCHES = ("rms_norm", "linear_cross_entropy")
 SWITCHES = (*LAYER_SWITCHES, "linear_cross_entropy")
 
 # The switches that have a Triton kernel by now. tests/test_select.py holds this to what kernels.TRITON really has.
-TRITON_SWITCHES = ()
+TRITON_SWITCHES = ("rms_norm", "rope", "swiglu")
 
 
 def parse(spec: str, n_layers: int) -> list[frozenset[str]]:
@@ -36,8 +36,9 @@ def parse(spec: str, n_layers: int) -> list[frozenset[str]]:
             for i in places:
                 if not named & occurs[i]:
                     here = "out" if i == n_layers else f"layer {i}"
+                    has = ", ".join(sorted(occurs[i]))
                     raise ValueError(
-                        f"kernels item {item!r}: {word.lstrip('-')} does not occur at {here}, which has {', '.join(sorted(occurs[i]))}"
+                        f"kernels item {item!r}: {word.lstrip('-')} does not occur at {here}, which has {has}"
                     )
         for i in places:
             chosen[i] = chosen[i] | (named & occurs[i]) if on and word != "none" else chosen[i] - named
@@ -76,4 +77,8 @@ def _places(item: str, place: str, n_layers: int) -> range:
 
 
 def _allowed(n_layers: int) -> str:
-    return f"all, none, {', '.join(SWITCHES)}, each switch also as -switch, each with an optional @0 to @{n_layers - 1}, @0-{n_layers - 1} or @out"
+    last = n_layers - 1
+    return (
+        f"all, none, {', '.join(SWITCHES)}, each switch also as -switch, "
+        f"each with an optional place @0 to @{last}, @0-{last} or @out"
+    )

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from kernels import grammar
 from kernels.attention import attention_torch
 from kernels.linear_cross_entropy import linear_cross_entropy_torch
-from kernels.rms_norm import add_rms_norm_torch, rms_norm_torch
-from kernels.rope import rope_torch
-from kernels.swiglu import swiglu_torch
+from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
+from kernels.rope import rope_torch, rope_triton
+from kernels.swiglu import swiglu_torch, swiglu_triton
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ TORCH = Ops(
 )
 
 TRITON = Ops(
-    rms_norm=_missing("rms_norm"),
-    add_rms_norm=_missing("add_rms_norm"),
-    rope=_missing("rope"),
-    swiglu=_missing("swiglu"),
+    rms_norm=rms_norm_triton,
+    add_rms_norm=add_rms_norm_triton,
+    rope=rope_triton,
+    swiglu=swiglu_triton,
     attention=_missing("attention"),
     linear_cross_entropy=_missing("linear_cross_entropy"),
 )

@@ -79,7 +79,8 @@ class LlamaConfig:
             raise ValueError(f"--n-heads {self.n_heads} is not divisible by --n-kv-heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(
-                f"--dim {self.dim} / --n-heads {self.n_heads} gives an odd head dim, {self.head_dim}; RoPE rotates pairs, so it must be even"
+                f"--dim {self.dim} / --n-heads {self.n_heads} gives an odd head dim, {self.head_dim}; RoPE rotates pairs, "
+                "so it must be even"
             )
         if self.ffn_dim < 0:
             raise ValueError(f"--ffn-dim is {self.ffn_dim}; it must be 0 (from dim and multiple_of) or more")
@@ -95,7 +96,8 @@ class LlamaConfig:
             )
         if not 0.0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise ValueError(
-                f"--rope-low-freq-factor {self.rope_low_freq_factor} must be positive and less than --rope-high-freq-factor {self.rope_high_freq_factor}"
+                f"--rope-low-freq-factor {self.rope_low_freq_factor} must be positive and less than "
+                f"--rope-high-freq-factor {self.rope_high_freq_factor}"
             )
 
 

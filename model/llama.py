@@ -144,6 +144,7 @@ class Llama(nn.Module):
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         residual = self._dropout(F.embedding(tokens, self.embedding).to(self.compute_dtype))
         y = ops[0].rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
+        branch = None
         for i, layer in enumerate(self.layers):
             if i > 0:
                 y, residual = ops[i].add_rms_norm(

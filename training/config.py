@@ -53,11 +53,13 @@ class TrainConfig(LlamaConfig):
 
     # Where things come from and go to
     preset: str = "reference"
-    """Shape and run to start from: reference, smoke, 124m, 350m, llama3.2-1b, llama3.2-3b, llama3.1-8b, llama3.1-70b or llama3.1-405b."""
+    """Shape and run to start from: reference, smoke (a laptop's CPU), 124m, 350m, llama3.2-1b, llama3.2-3b, llama3.1-8b,
+    llama3.1-70b or llama3.1-405b."""
     config: str = ""
     """TOML file of defaults, keys spelled as the options; the command line wins."""
     data: str = "stdlib"
-    """Text to train on: stdlib (Python's own source), tinystories (downloaded once), or a path: .txt, .jsonl, .parquet or a folder."""
+    """Text to train on: stdlib (Python's own source), tinystories (downloaded once), or a path: .txt, .jsonl, .parquet or a
+    folder of text files."""
     data_dir: str = "data"
     """Folder for downloads, tokenizers and token shards."""
     tokenizer: str = ""
@@ -196,8 +198,8 @@ def no_gpu_for_kernels(config: TrainConfig) -> UserError:
     asked = "--fused" if config.fused else f"--kernels {config.kernels}"
     where = "--device is cpu" if config.device == "cpu" else "no GPU was found"
     return UserError(
-        f"{asked} runs Triton kernels, which need a GPU, and {where}. "
-        "Leave it off to train on plain PyTorch, or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
+        f"{asked} runs Triton kernels, which need a GPU, and {where}. Leave it off to train on plain PyTorch, or set "
+        "TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
     )
 
 

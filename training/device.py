@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 
 from training.config import TrainConfig, no_gpu_for_kernels
@@ -65,3 +66,8 @@ def set_determinism(deterministic: bool) -> None:
 def memory_name(device: torch.device) -> str:
     """What the device is called in the log: the GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make what a step draws (dropout) a function of these alone, as its batch is: any step can be replayed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))

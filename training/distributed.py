@@ -13,7 +13,7 @@ from training.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank in [0, size), local_rank on its machine."""
+    """One process among all: rank in [0, size), local_rank on its machine."""
 
     rank: int = 0
     size: int = 1

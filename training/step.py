@@ -76,8 +76,8 @@ class Trainer:
         return StepResult(loss, grad_norm, found_inf)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[float, int]:
-        """Mean loss in nats over the batches of all processes, and how many tokens that is over."""
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float:
+        """Mean loss in nats over the valid tokens of the batches of all processes."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for tokens, targets, first_key in batches:
@@ -86,4 +86,4 @@ class Trainer:
         self.model.train()
         total = total.to(self.model.cos.device) if self.world.size > 1 else total
         self.world.sum([total])
-        return float(total[0] / total[1].clamp(min=1)), int(total[1])
+        return float(total[0] / total[1].clamp(min=1))
