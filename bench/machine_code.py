@@ -1,0 +1,270 @@
+"""The machine code of every kernel at the sizes of the presets, and the faults in it, with no GPU.
+
+    python -m bench.machine_code                                        all of it: some minutes at first, then cached
+    python -m bench.machine_code --preset llama3.1-8b --arch sm_90      one size on one architecture
+    python -m bench.machine_code --kernel rms_norm                      one kernel
+
+Each op of `CASES` runs on tensors of the meta device, forward and backward in bfloat16, while `kernels.launch.recorded`
+writes down what its launcher would launch on an A100 (sm_80), H100 (sm_90), B200 (sm_100) or MI300X (gfx942). That is
+compiled and the machine code is read; sizes that come to the same code share a row:
+
+    warps      of one program, which the launcher chose beside the tile
+    registers  of a thread. 255 is the most; fewer leave room for more programs
+    stack      bytes a thread spills to memory when registers run out. Should be 0
+    shared     bytes of shared memory of a program
+    resident   programs on a multiprocessor at once by the three above, and their warps as a share of those it can hold.
+               A kernel that waits for memory hides it with resident warps, or with many loads in flight in each
+    load/store bytes of the widest access to global memory. 16 is the most before sm_100, and needs aligned rows
+    narrow     arguments that are accessed in fewer than 16 bytes at a time somewhere, with the bytes (l: load, s: store);
+               normal for statistics, one float32 a row, and for rows that are not aligned
+    matrix     matrix instructions in the code. On sm_90 a product that is not HGMMA, on sm_100 not UTC*MMA, is slow
+
+The gate: a kernel is at fault that spills, wants more shared memory than there is, or loads or stores half-precision
+rows in fewer than 16 bytes although they are aligned. Then the exit status is 1; it is 2 for a mistake in the options.
+
+A new kernel is one more line in `CASES`.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import kernels
+from bench.build import MachineCode, Specialized, build, specialize
+from bench.measure import environment, write_json
+from kernels.launch import HAVE_TRITON, TARGETS, Launched, Target, recorded
+from model.config import PRESETS
+from training.config import TrainConfig, defaults, fail
+from training.errors import UserError
+
+WIDE = 16
+"""Bytes of the widest access that every architecture here has."""
+
+
+@dataclass(kw_only=True)
+class MachineCodeOptions:
+    """Build the kernels with no GPU and print what their machine code needs and does."""
+
+    arch: list[str] = field(default_factory=list)
+    """Architectures: sm_80, sm_90, sm_100, gfx942; empty: all."""
+    preset: list[str] = field(default_factory=list)
+    """Presets whose sizes to build, as in train.py; empty: all."""
+    kernel: str = ""
+    """Only rows with this in the kernel column, e.g. swiglu or backward."""
+    jobs: int = os.cpu_count() or 1
+    """Kernels to build at a time."""
+    json: str = ""
+    """File to write the result to."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def _hidden(c: TrainConfig) -> Tensor:
+    return _tensor(c.batch_size, c.max_seq_len, c.dim)
+
+
+def _norm_weight(c: TrainConfig) -> Tensor:
+    return _tensor(c.dim, dtype=torch.float32)
+
+
+def _gate_up(c: TrainConfig) -> Tensor:
+    return _tensor(c.batch_size, c.max_seq_len, 2 * c.hidden_dim)
+
+
+def _qkv(c: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of one packed product, as in the model."""
+    widths = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
+    packed = _tensor(c.batch_size, c.max_seq_len, sum(widths))
+    return tuple(x.unflatten(-1, (-1, c.head_dim)) for x in packed.split(widths, dim=-1))
+
+
+def _rope_tables(c: TrainConfig) -> tuple[Tensor, Tensor]:
+    table = _tensor(c.max_seq_len, c.head_dim // 2, dtype=torch.float32).detach()
+    return table, table.clone()
+
+
+# What to run for a preset: the public op, on tensors as the model passes them. The backward pass of what it returns is
+# run too, where that has one.
+CASES: dict[str, Callable[[TrainConfig], Any]] = {
+    "rms_norm": lambda c: kernels.TRITON.rms_norm(_hidden(c), _norm_weight(c), c.norm_eps),
+    "add_rms_norm": lambda c: kernels.TRITON.add_rms_norm(_hidden(c), _hidden(c), _norm_weight(c), c.norm_eps),
+    "rope": lambda c: kernels.TRITON.rope(*_qkv(c)[:2], *_rope_tables(c)),
+    "swiglu": lambda c: kernels.TRITON.swiglu(_gate_up(c)),
+}
+
+
+def launches(case: str, config: TrainConfig, target: Target) -> Iterator[tuple[str, Launched]]:
+    """Each launch of a case at the sizes of a preset, with `forward` or `backward`."""
+    with recorded(target) as found:
+        outputs = CASES[case](config)
+        n_forward = len(found)
+        outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x is not None]
+        outputs = [x for x in outputs if x.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+    for i, launched in enumerate(found):
+        yield "forward" if i < n_forward else "backward", launched
+
+
+# ----------------------------------------------------------------------------------------------------------------- gate
+
+
+def faults(code: MachineCode, launched: Launched, target: Target) -> list[str]:
+    """What is wrong with the machine code of a launch, in words; nothing where nothing is."""
+    found = []
+    if code.stack:
+        found.append(f"spills: {code.stack} bytes a thread, at {code.registers} registers")
+    if code.shared > target.shared_memory:
+        found.append(f"wants {code.shared:,} bytes of shared memory; there are {target.shared_memory:,}")
+    for verb, widths in (("loads", code.loads), ("stores", code.stores)):
+        for name, width in widths.items():
+            if width < WIDE and _has_aligned_rows(launched.arguments.get(name)):
+                found.append(f"{verb} {name} {width} bytes at a time, although its rows are aligned to {WIDE}")
+    return found
+
+
+def _has_aligned_rows(argument: Any) -> bool:
+    """Whether it is a half-precision tensor in which each row starts and ends at a multiple of 16 bytes."""
+    if not isinstance(argument, Tensor) or argument.element_size() != 2 or argument.dim() == 0:
+        return False
+    *strides, last = argument.stride()
+    elements = WIDE // argument.element_size()
+    sizes = (argument.storage_offset(), argument.shape[-1], *strides)
+    return last == 1 and all(size % elements == 0 for size in sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sweep
+
+
+@dataclass
+class Row:
+    """A kernel as one or more presets launch it on one architecture."""
+
+    arch: str
+    case: str
+    direction: str
+    kernel: str
+    """File and function."""
+    presets: list[str]
+    constants: dict[str, Any]
+    """Sizes and tiles that the code is compiled for."""
+    code: MachineCode | None = None
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Op and direction, and the kernel where these do not say which."""
+        return f"{self.case} {self.direction} {self.kernel}"
+
+
+def sweep(options: MachineCodeOptions, console: Console) -> list[Row]:
+    """Build what the options ask for. UserError for what they cannot ask for."""
+    _check("--arch", options.arch, TARGETS)
+    _check("--preset", options.preset, PRESETS)
+    if not HAVE_TRITON:
+        raise UserError("bench.machine_code: Triton is not installed here (it has no build for this machine?)")
+    rows: dict[tuple[str, str, str, str], tuple[Row, Launched, Specialized]] = {}
+    for arch in options.arch or TARGETS:
+        for case in CASES:
+            for preset in options.preset or PRESETS:
+                for direction, launched in launches(case, defaults(preset), TARGETS[arch]):
+                    code = specialize(launched, TARGETS[arch])
+                    kernel = f"{launched.kernel.__module__.rpartition('.')[2]}.{launched.kernel.__name__}"
+                    row = Row(arch, case, direction, kernel, [], code.constants)
+                    row, *_ = rows.setdefault((arch, case, direction, code.key), (row, launched, code))
+                    if preset not in row.presets:
+                        row.presets.append(preset)
+    chosen = [entry for entry in rows.values() if options.kernel in entry[0].name]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(f"{row.case} {row.direction}" for row, *_ in rows.values()))
+        raise UserError(f"--kernel is {options.kernel!r}, which is in none of: {names}")
+
+    with ThreadPoolExecutor(options.jobs) as pool:  # the time goes into LLVM and assemblers, outside Python's lock
+        codes = pool.map(lambda entry: build(entry[2]), chosen)
+        progress = track(codes, "building", len(chosen), console=console, transient=True)
+        for (row, launched, _), code in zip(chosen, progress, strict=True):
+            row.code, row.faults = code, faults(code, launched, TARGETS[row.arch])
+    order = list(CASES)
+    return sorted((row for row, *_ in chosen), key=lambda r: (r.arch, order.index(r.case), r.direction != "forward"))
+
+
+def _check(option: str, given: list[str], allowed: Any) -> None:
+    for name in given:
+        if name not in allowed:
+            raise UserError(f"{option} is {name!r}; allowed: {', '.join(allowed)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- print
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows of one architecture."""
+    shown = Table(title=f"{rows[0].arch}, bfloat16")
+    for column in ("kernel", "sizes", "tile", "presets"):
+        shown.add_column(column, overflow="fold")
+    for column in ("warps", "registers", "stack", "shared", "resident", "load/store"):
+        shown.add_column(column, justify="right")
+    shown.add_column("narrow", overflow="fold")
+    shown.add_column("matrix")
+    for row in rows:
+        code = row.code
+        sizes = {k: v for k, v in row.constants.items() if type(v) is int and k.isupper() and k != "ALIGNMENT"}
+        narrow = [f"{name.removesuffix('_ptr')} l{width}" for name, width in code.loads.items() if width < WIDE]
+        narrow += [f"{name.removesuffix('_ptr')} s{width}" for name, width in code.stores.items() if width < WIDE]
+        shown.add_row(
+            f"{row.case} {row.direction}",
+            " ".join(f"{name}={size}" for name, size in sizes.items() if not name.startswith("BLOCK_")),
+            "×".join(str(size) for name, size in sizes.items() if name.startswith("BLOCK_")),
+            " ".join(row.presets),
+            str(code.warps),
+            str(code.registers),
+            str(code.stack),
+            f"{code.shared:,}",
+            f"{code.programs} ({code.occupancy:.0%})",
+            f"{code.widest_load}/{code.widest_store}",
+            ", ".join(narrow),
+            " ".join(f"{kind} {count}" for kind, count in code.matrix.items()),
+            style="red" if row.faults else None,
+        )
+    return shown
+
+
+def main() -> int:
+    """Parse the command line, build, print; 1 where a kernel is at fault."""
+    if "TRITON_INTERPRET" in os.environ:  # kernels that were defined in the interpreter cannot be compiled
+        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        os.execve(sys.executable, [sys.executable, "-m", "bench.machine_code", *sys.argv[1:]], environ)
+    options = tyro.cli(MachineCodeOptions, description=MachineCodeOptions.__doc__)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    try:
+        rows = sweep(options, console)
+        result = {"bench": "machine_code", "rows": [asdict(row) for row in rows], "environment": environment()}
+        if options.json:
+            write_json(options.json, result)
+    except UserError as error:
+        fail(error)
+    for arch in dict.fromkeys(row.arch for row in rows):
+        console.print(table([row for row in rows if row.arch == arch]))
+    faulty = [row for row in rows if row.faults]
+    for row in faulty:
+        console.print(f"[red]{row.arch} {row.name}[/red] of {', '.join(row.presets)}: {'; '.join(row.faults)}")
+    console.print(f"{len(rows)} kernels built, {len(faulty)} at fault")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
