@@ -10,10 +10,10 @@ train: setup  ## train a small model on the embedded text, save a checkpoint, pr
 	$(RUN) train.py --preset smoke
 
 test: setup lint  ## lint, then every test but the slow ones
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"
 
 test-slow: setup  ## the slow tests
-	$(RUN) -m pytest -n $(WORKERS) -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m slow
 
 lint: setup
 	$(RUN) -m ruff check .

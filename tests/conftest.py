@@ -1,0 +1,14 @@
+"""Kernel tests run compiled where there is a GPU and in Triton's interpreter where there is none; this file chooses."""
+
+import os
+
+import torch
+
+# Triton reads the variable when a kernel is defined: it must be set before any test imports kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config):
+    # The interpreter computes in NumPy, which warns of the overflows and NaNs that some tests are about.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
