@@ -70,7 +70,7 @@ TARGETS = {
 """A100, H100, B200 and MI300X by their datasheets: to build and read machine code where there is none of them."""
 
 # Few, so that the loops of persistent programs take more than one turn in a small test.
-INTERPRETER = Target("interpreter", "cpu", multiprocessors=2, shared_memory=232_448)
+INTERPRETER = Target("interpreter", "cpu", multiprocessors=1, shared_memory=232_448)
 
 
 @functools.cache
@@ -159,10 +159,10 @@ def register_op(fake: Callable) -> Callable[[Callable], Any]:
     """Register the decorated launcher as `torch.ops.triton_llama.<its name>`; `fake` makes outputs of the same kind.
 
     Two registrations, chosen once, at import. On a GPU it is a `triton_op`: `torch.compile` looks through it, Inductor
-    calls the kernel itself and plans its buffers, and no dispatcher (33 us a forward call for a custom op, 16.5 us for a
-    bare `define` and `impl`) stands between the kernels of a compiled step; eager calls pay it. In the interpreter there
-    is nothing to look into: of all integrations only an opaque `custom_op` works there under `torch.compile`. The
-    launcher, the autograd formula and the call are one code path.
+    calls the kernel itself and plans its buffers, and no dispatcher (33 us a forward call for a custom op, 16.5 us for
+    a bare `define` and `impl`) stands between the kernels of a compiled step; eager calls pay it. In the interpreter
+    there is nothing to look into: of all integrations only an opaque `custom_op` works there under `torch.compile`.
+    The launcher, the autograd formula and the call are one code path.
     """
 
     def register(launcher: Callable) -> Any:
@@ -188,7 +188,7 @@ class _Unregistered:
 def wrap_triton(kernel: Any) -> Any:
     """The kernel, to be launched as `wrap_triton(kernel)[grid](...)` inside a registered launcher.
 
-    Called by this bare name: PyTorch looks for it in the launcher to make the kernels' source a part of its cache's key.
+    Called by this bare name: PyTorch looks for it in the launcher, to make the kernels' source part of its cache's key.
     """
     if _recording is not None:
         return _Recorder(kernel, _recording.launches)

@@ -26,7 +26,7 @@ Bytes for M rows of width D in e bytes an element, each read and written once; r
 Rows are independent but for dweight. There each of a fixed number of programs walks over the rows, adds up a float32
 row of its own and writes it; PyTorch's sum adds those rows. It is deterministic, its input is a few hundred rows, and
 Inductor folds the cast and the accumulation into `.grad` into it, which it could not do to a kernel of ours. Past 8192
-columns a row no longer fits into the registers: it is walked in blocks of columns, twice, the second time from the cache.
+columns a row no longer fits into registers: it is walked in blocks of columns, twice, the second time from the cache.
 """
 
 import torch
@@ -96,7 +96,7 @@ def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, dtypes: 
 
 @triton.jit
 def _load_sum(x_row, residual_row, cols, mask):
-    """S = x + residual as it was rounded, in float32; x where there is no residual."""
+    """The sum s as it was rounded, in float32; x where there is no residual."""
     s = tl.load(x_row + cols, mask, other=0.0).to(tl.float32)
     if residual_row is not None:
         s += tl.load(residual_row + cols, mask, other=0.0).to(tl.float32)
@@ -222,7 +222,7 @@ def _backward_kernel(
 
 
 def forward_launch(n_rows: int, width: int, target: Target) -> Launch:
-    """One tile a program; 16 elements a thread, 32 in the widest rows (more warps than 8 spill on sm_100)."""
+    """One tile a program; 16 elements a thread, 32 in rows of 8192 (on 16 warps they spill on sm_100)."""
     block_m, block_d = _tile(width, 2048)
     warps = warps_for(block_m * block_d, 16, target, most=8)
     return Launch((ceil_div(n_rows, block_m),), {"BLOCK_M": block_m, "BLOCK_D": block_d}, warps)
@@ -240,7 +240,7 @@ def backward_launch(n_rows: int, width: int, target: Target) -> Launch:
 
 
 def _tile(width: int, elements: int) -> tuple[int, int]:
-    """Whole rows, as many as make up so many elements where they are short; past 8192 columns, 4096 of them at a time."""
+    """Whole rows, as many as make up so many elements; past 8192 columns, 4096 columns of one row at a time."""
     block_d = next_power_of_2(width) if width <= 8192 else 4096
     return max(1, elements // block_d), block_d
 
@@ -297,7 +297,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 
 def _backward_outputs(dy, dsummed, summed, weight, rstd, want_dx, want_dresidual, want_dweight):
-    """Dx in y's dtype, dresidual in summed's and dweight; empty where not wanted."""
+    """Unwritten dx in y's dtype, dresidual in summed's, and dweight; without elements where not wanted."""
     dx = torch.empty(dy.shape if want_dx else 0, dtype=dy.dtype, device=dy.device)
     dresidual = torch.empty(dy.shape if want_dresidual else 0, dtype=summed.dtype, device=dy.device)
     return dx, dresidual, torch.empty(weight.shape if want_dweight else 0, dtype=weight.dtype, device=dy.device)

@@ -22,7 +22,7 @@ def test_cosine_is_half_way_in_the_middle_and_ends_at_the_floor():
     assert lr[10] == 1.0
     assert lr[55] == pytest.approx(0.6)
     assert lr[100] == pytest.approx(0.2)
-    assert all(a >= b for a, b in itertools.pairwise(lr))
+    assert all(a >= b for a, b in itertools.pairwise(lr[10:]))
 
 
 def test_the_default_schedule_is_the_reference_run():
