@@ -7,7 +7,7 @@ WORKERS ?= 2
 .PHONY: train test test-slow lint format setup lock clean
 
 train: setup  ## train a small model on the embedded text, save a checkpoint, print a sample
-	$(RUN) train.py --preset smoke
+	$(RUN) train.py --preset smoke --out-dir out/smoke
 
 test: setup lint  ## lint, then every test but the slow ones
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m "not slow"

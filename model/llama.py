@@ -144,16 +144,13 @@ class Llama(nn.Module):
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         residual = self._dropout(F.embedding(tokens, self.embedding).to(self.compute_dtype))
         y = ops[0].rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
-        branch = None
-        for i, layer in enumerate(self.layers):
-            if i > 0:
-                y, residual = ops[i].add_rms_norm(
-                    self._dropout(branch), residual, layer.attention_norm, config.norm_eps
-                )
-            branch = layer.attend(ops[i], y, cos, sin, first_key)
-            y, residual = ops[i].add_rms_norm(self._dropout(branch), residual, layer.ffn_norm, config.norm_eps)
-            branch = layer.feed_forward(ops[i], y)
-        y, _ = ops[-1].add_rms_norm(self._dropout(branch), residual, self.final_norm, config.norm_eps)
+        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
+        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            branch = self._dropout(layer.attend(ops[i], y, cos, sin, first_key))
+            y, residual = ops[i].add_rms_norm(branch, residual, layer.ffn_norm, config.norm_eps)
+            # The norm that takes in this layer's output opens the next one, and is of its ops.
+            branch = self._dropout(layer.feed_forward(ops[i], y))
+            y, residual = ops[i + 1].add_rms_norm(branch, residual, next_norm, config.norm_eps)
         return y
 
     def _dropout(self, x: Tensor) -> Tensor:
