@@ -93,6 +93,7 @@ def build(specialized: Specialized) -> MachineCode:
     read = _read_cubin(compiled.asm["cubin"]) if target.backend == "cuda" else _read_amdgcn(compiled.asm["amdgcn"])
     pointers = [name for name, kind in specialized.source.signature.items() if kind != "constexpr"]
     loads, stores = narrowest_accesses(compiled.asm["llir"], pointers)
+    assert (bool(loads), bool(stores)) == (read["widest_load"] > 0, read["widest_store"] > 0), "not all of it was read"
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
     programs = resident_programs(target, warps, read["registers"], shared, tensor_memory)
     return MachineCode(
@@ -220,7 +221,7 @@ _POINTER = re.compile(r"ptr addrspace\([18]\) (?:\w+ )*(%[\w.]+)")  # global mem
 _PHI = re.compile(r"\[ (%[\w.]+), ")
 _TYPE = r"(?:<(\d+) x )?(i\d+|half|bfloat|float|double)>?"
 _ACCESSES = (
-    re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[bfsu](\d+) "),  # NVIDIA's: assembly
+    re.compile(r"(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[bfsu](\d+) "),  # NVIDIA's: assembly
     re.compile(r"(cp\.async)\.c[ag]\.shared\.global[^\[]*\[[^]]*\], \[[^]]*\], ()(\w+)"),
     re.compile(r"raw\.ptr\.buffer\.(load|store)\.(?:v(\d+))?(?:i|f|bf)(\d+)\("),  # AMD's
     re.compile(rf"= (load) {_TYPE}, ptr addrspace\(1\)"),

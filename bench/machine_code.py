@@ -9,7 +9,7 @@ writes down what its launcher would launch on an A100 (sm_80), H100 (sm_90), B20
 compiled and the machine code is read; sizes that come to the same code share a row:
 
     warps      of one program, which the launcher chose beside the tile
-    registers  of a thread. 255 is the most; fewer leave room for more programs
+    registers  of a thread. NVIDIA has 255 at most; fewer leave room for more programs
     stack      bytes a thread spills to memory when registers run out. Should be 0
     shared     bytes of shared memory of a program
     resident   programs on a multiprocessor at once by the three above, and their warps as a share of those it can hold.
@@ -20,7 +20,8 @@ compiled and the machine code is read; sizes that come to the same code share a 
     matrix     matrix instructions in the code. On sm_90 a product that is not HGMMA, on sm_100 not UTC*MMA, is slow
 
 The gate: a kernel is at fault that spills, wants more shared memory than there is, or loads or stores half-precision
-rows in fewer than 16 bytes although they are aligned. Then the exit status is 1; it is 2 for a mistake in the options.
+rows in fewer than 16 bytes (AMD: stores in fewer than 8) although they are aligned. Then the exit status is 1; it is 2
+for a mistake in the options.
 
 A new kernel is one more line in `CASES`.
 """
@@ -113,9 +114,9 @@ def launches(case: str, config: TrainConfig, target: Target) -> Iterator[tuple[s
     with recorded(target) as found:
         outputs = CASES[case](config)
         n_forward = len(found)
-        outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x is not None]
-        outputs = [x for x in outputs if x.requires_grad]
-        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+        outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
     for i, launched in enumerate(found):
         yield "forward" if i < n_forward else "backward", launched
 
@@ -130,9 +131,10 @@ def faults(code: MachineCode, launched: Launched, target: Target) -> list[str]:
         found.append(f"spills: {code.stack} bytes a thread, at {code.registers} registers")
     if code.shared > target.shared_memory:
         found.append(f"wants {code.shared:,} bytes of shared memory; there are {target.shared_memory:,}")
-    for verb, widths in (("loads", code.loads), ("stores", code.stores)):
+    # AMD's backend stores a product as its lanes hold it, 8 bytes each: 64 of them write as much at once as 32 of 16.
+    for verb, widths, least in (("loads", code.loads, WIDE), ("stores", code.stores, WIDE * 32 // target.warp_size)):
         for name, width in widths.items():
-            if width < WIDE and _has_aligned_rows(launched.arguments.get(name)):
+            if width < least and _has_aligned_rows(launched.arguments.get(name)):
                 found.append(f"{verb} {name} {width} bytes at a time, although its rows are aligned to {WIDE}")
     return found
 
@@ -157,49 +159,80 @@ class Row:
     arch: str
     case: str
     direction: str
-    kernel: str
-    """File and function."""
-    presets: list[str]
-    constants: dict[str, Any]
-    """Sizes and tiles that the code is compiled for."""
+    launched: Launched
+    specialized: Specialized
+    presets: list[str] = field(default_factory=list)
     code: MachineCode | None = None
-    faults: list[str] = field(default_factory=list)
+
+    @property
+    def kernel(self) -> str:
+        """File and function."""
+        return f"{self.launched.kernel.__module__.rpartition('.')[2]}.{self.launched.kernel.__name__}"
 
     @property
     def name(self) -> str:
-        """Op and direction, and the kernel where these do not say which."""
-        return f"{self.case} {self.direction} {self.kernel}"
+        """Op, direction, and the kernel's own name where it says more: `add_rms_norm backward`."""
+        function = self.launched.kernel.__name__.strip("_").removesuffix("_kernel")
+        return " ".join(dict.fromkeys((self.case, self.direction, function)))
+
+    @property
+    def faults(self) -> list[str]:
+        """What the gate says."""
+        return faults(self.code, self.launched, TARGETS[self.arch])
+
+    def result(self) -> dict[str, Any]:
+        """The row for JSON."""
+        names = ("name", "arch", "case", "direction", "kernel", "presets", "faults")
+        return {name: getattr(self, name) for name in names} | {
+            "constants": self.specialized.constants,
+            "code": asdict(self.code),
+        }
 
 
 def sweep(options: MachineCodeOptions, console: Console) -> list[Row]:
     """Build what the options ask for. UserError for what they cannot ask for."""
     _check("--arch", options.arch, TARGETS)
     _check("--preset", options.preset, PRESETS)
+    if options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}; it must be at least 1")
     if not HAVE_TRITON:
         raise UserError("bench.machine_code: Triton is not installed here (it has no build for this machine?)")
-    rows: dict[tuple[str, str, str, str], tuple[Row, Launched, Specialized]] = {}
+    recorded_rows = _record(options)
+    rows = [row for row in recorded_rows if options.kernel in row.name]
+    if not rows:
+        names = ", ".join(dict.fromkeys(row.name for row in recorded_rows))
+        raise UserError(f"--kernel is {options.kernel!r}, which is in none of: {names}")
+    with ThreadPoolExecutor(options.jobs) as pool:  # the time goes into LLVM and assemblers, outside Python's lock
+        codes = track(pool.map(_build, rows), "building", len(rows), console=console, disable=not console.is_terminal)
+        for row, code in zip(rows, codes, strict=True):
+            row.code = code
+    return rows
+
+
+def _record(options: MachineCodeOptions) -> list[Row]:
+    """Each code there is to build, once, forward before backward."""
+    rows: dict[tuple[str, str, str, str], Row] = {}
     for arch in options.arch or TARGETS:
         for case in CASES:
             for preset in options.preset or PRESETS:
                 for direction, launched in launches(case, defaults(preset), TARGETS[arch]):
-                    code = specialize(launched, TARGETS[arch])
-                    kernel = f"{launched.kernel.__module__.rpartition('.')[2]}.{launched.kernel.__name__}"
-                    row = Row(arch, case, direction, kernel, [], code.constants)
-                    row, *_ = rows.setdefault((arch, case, direction, code.key), (row, launched, code))
+                    specialized = specialize(launched, TARGETS[arch])
+                    new = Row(arch, case, direction, launched, specialized)
+                    row = rows.setdefault((arch, case, direction, specialized.key), new)
                     if preset not in row.presets:
                         row.presets.append(preset)
-    chosen = [entry for entry in rows.values() if options.kernel in entry[0].name]
-    if not chosen:
-        names = ", ".join(dict.fromkeys(f"{row.case} {row.direction}" for row, *_ in rows.values()))
-        raise UserError(f"--kernel is {options.kernel!r}, which is in none of: {names}")
+    archs, cases = list(TARGETS), list(CASES)
+    return sorted(
+        rows.values(), key=lambda row: (archs.index(row.arch), cases.index(row.case), row.direction != "forward")
+    )
 
-    with ThreadPoolExecutor(options.jobs) as pool:  # the time goes into LLVM and assemblers, outside Python's lock
-        codes = pool.map(lambda entry: build(entry[2]), chosen)
-        progress = track(codes, "building", len(chosen), console=console, transient=True)
-        for (row, launched, _), code in zip(chosen, progress, strict=True):
-            row.code, row.faults = code, faults(code, launched, TARGETS[row.arch])
-    order = list(CASES)
-    return sorted((row for row, *_ in chosen), key=lambda r: (r.arch, order.index(r.case), r.direction != "forward"))
+
+def _build(row: Row) -> MachineCode:
+    try:
+        return build(row.specialized)
+    except Exception as error:
+        error.add_note(f"while building {row.name} of {', '.join(row.presets)} for {row.arch}")
+        raise
 
 
 def _check(option: str, given: list[str], allowed: Any) -> None:
@@ -222,11 +255,12 @@ def table(rows: list[Row]) -> Table:
     shown.add_column("matrix")
     for row in rows:
         code = row.code
-        sizes = {k: v for k, v in row.constants.items() if type(v) is int and k.isupper() and k != "ALIGNMENT"}
+        constants = row.specialized.constants.items()
+        sizes = {name: n for name, n in constants if type(n) is int and name.isupper() and name != "ALIGNMENT"}
         narrow = [f"{name.removesuffix('_ptr')} l{width}" for name, width in code.loads.items() if width < WIDE]
         narrow += [f"{name.removesuffix('_ptr')} s{width}" for name, width in code.stores.items() if width < WIDE]
         shown.add_row(
-            f"{row.case} {row.direction}",
+            row.name,
             " ".join(f"{name}={size}" for name, size in sizes.items() if not name.startswith("BLOCK_")),
             "×".join(str(size) for name, size in sizes.items() if name.startswith("BLOCK_")),
             " ".join(row.presets),
@@ -243,6 +277,16 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
+def show(rows: list[Row], console: Console) -> None:
+    """Print a table an architecture, and the faults in words."""
+    for arch in dict.fromkeys(row.arch for row in rows):
+        console.print(table([row for row in rows if row.arch == arch]))
+    for row in rows:
+        for fault in row.faults:
+            console.print(f"[red]{row.arch} {row.name}[/red] of {', '.join(row.presets)}: {fault}")
+    console.print(f"{len(rows)} kernels built, {sum(bool(row.faults) for row in rows)} at fault")
+
+
 def main() -> int:
     """Parse the command line, build, print; 1 where a kernel is at fault."""
     if "TRITON_INTERPRET" in os.environ:  # kernels that were defined in the interpreter cannot be compiled
@@ -252,18 +296,13 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         rows = sweep(options, console)
-        result = {"bench": "machine_code", "rows": [asdict(row) for row in rows], "environment": environment()}
+        show(rows, console)
         if options.json:
-            write_json(options.json, result)
+            rows_json = [row.result() for row in rows]
+            write_json(options.json, {"bench": "machine_code", "rows": rows_json, "environment": environment()})
     except UserError as error:
         fail(error)
-    for arch in dict.fromkeys(row.arch for row in rows):
-        console.print(table([row for row in rows if row.arch == arch]))
-    faulty = [row for row in rows if row.faults]
-    for row in faulty:
-        console.print(f"[red]{row.arch} {row.name}[/red] of {', '.join(row.presets)}: {'; '.join(row.faults)}")
-    console.print(f"{len(rows)} kernels built, {len(faulty)} at fault")
-    return 1 if faulty else 0
+    return 1 if any(row.faults for row in rows) else 0
 
 
 if __name__ == "__main__":
