@@ -1,13 +1,15 @@
 """Text from a checkpoint: `python generate.py out --prompt "def "`."""
 
 import sys
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import tyro
 
-from training.config import fail
+from training.config import from_toml
+from training.console import printable
 from training.errors import UserError
+from training.stopping import exit_statuses
 
 
 @dataclass(kw_only=True)
@@ -32,38 +34,40 @@ class GenerateConfig:
     """Of the draw."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-    dtype: str = "auto"
-    """Compute dtype: auto, float32, bfloat16 or float16."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype, as in training."""
+
+    def check(self) -> None:
+        """Raise UserError, naming the option, what was found and what is allowed."""
+        for name in ("max_new_tokens", "temperature", "top_k", "seed"):
+            value = getattr(self, name)
+            if not (0 <= value < 2**63):
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 0, and finite")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p is {self.top_p}; it must be more than 0 and at most 1")
 
 
 def main() -> None:
-    """Parse the command line and print the text."""
-    config = tyro.cli(GenerateConfig, description=GenerateConfig.__doc__)
-    try:
-        print(generate(config))
-    except UserError as error:
-        fail(error)
+    """Parse the command line and print the text. A user's mistake is one line on stderr and exit status 2."""
+    with exit_statuses():
+        config = tyro.cli(GenerateConfig, description=GenerateConfig.__doc__)
+        config.check()
+        print(printable(generate(config), sys.stdout.encoding or "utf-8"))
 
 
 def generate(config: GenerateConfig) -> str:
-    """The prompt and its continuation. UserError for a checkpoint that is not there or damaged, or options out of range."""
-    from dataclasses import replace
-
-    import torch
-
+    """The prompt and its continuation. UserError for a checkpoint that is not there or damaged, or a prompt too long."""
     import kernels
     from model import Llama, generation, huggingface
     from training import checkpoint
-    from training.config import from_toml
-    from training.device import DTYPES, resolve_device, resolve_dtype
+    from training.device import resolve_device, resolve_dtype
     from training.tokenizer import Tokenizer
 
-    if config.dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype is {config.dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     saved = checkpoint.load(config.checkpoint, config.which)
     run = from_toml(saved.config_toml, str(saved.path / "config.toml"))
     # Decoding uses the torch twins: a row of one token is no work for a kernel.
-    run = replace(run, device=config.device, dtype=config.dtype, fused=False, kernels="")
+    run = replace(run, device=config.device, dtype=config.dtype, fused=False, kernels="", wandb_log=False)
+    run.check()
     device = resolve_device(run)
     with device:
         model = Llama(run.shape(), kernels.select("none", run.n_layers), resolve_dtype(run, device))
@@ -71,14 +75,21 @@ def generate(config: GenerateConfig) -> str:
     model.refresh_compute_weights()
     tokenizer = Tokenizer.from_bytes(saved.tokenizer)
     prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
-    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
     try:
-        with torch.inference_mode():
-            new = generation.generate(model, prompt, config.max_new_tokens, stop_token=tokenizer.bos_id, **sampling)
+        new = generation.generate(
+            model,
+            prompt,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+            stop_token=tokenizer.bos_id,
+        )
     except ValueError as error:
-        raise UserError(error) from None
+        raise UserError(f"--prompt: {error}") from None
     return tokenizer.decode(prompt[1:] + new)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

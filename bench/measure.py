@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -89,10 +90,9 @@ def time_in_turn(
 def environment() -> dict:
     """What a figure depends on: device, driver, clocks, power, versions, commit, date, command line."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    main = sys.modules["__main__"].__spec__  # None where a file was run, not a module
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([f"python -m {main.name}" if main else Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command_line(),
         "commit": _output(["git", "describe", "--always", "--dirty"]),
         "device": gpu or f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
         "gpu": gpu,
@@ -103,6 +103,13 @@ def environment() -> dict:
         "triton": version("triton"),
         "liger-kernel": version("liger-kernel"),
     }
+
+
+def _command_line() -> str:
+    """What was typed, but for the place of the result, which is one machine's own."""
+    main = sys.modules["__main__"].__spec__  # None where a file was run, not a module
+    program = f"python -m {main.name}" if main else Path(sys.argv[0]).name
+    return re.sub(r" --(json|out)[ =]\S+", "", " ".join([program, *sys.argv[1:]]))
 
 
 def _gpu_state() -> dict[str, str] | None:

@@ -8,20 +8,20 @@ large ones one after another. Time includes the update and the reading of the lo
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import kernels
+from bench import command
 from bench.measure import Timing, environment, time_in_turn, write_json
 from bench.reference_loop import ReferenceStep
 from model import Llama, flops
 from training import hardware
-from training.config import TrainConfig, defaults, fail
+from training.config import TrainConfig, defaults
 from training.device import memory_name, resolve_device, resolve_dtype, set_determinism
 from training.distributed import World
 from training.errors import UserError
@@ -46,8 +46,8 @@ class StepBench:
     """Micro-steps in a step; 0: the preset's."""
     repeats: int = 5
     """Counted steps of each variant."""
-    warmup: int = 2
-    """Steps of each variant before them; the first one compiles."""
+    warmup: int = 1
+    """Steps of each variant before them, beside the two that compile it and measure its memory."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -55,41 +55,33 @@ class StepBench:
     deterministic: bool = True
     """Deterministic algorithms, as in train.py."""
     json: str = ""
-    """File to write the result to."""
-
-
-def main() -> None:
-    """Parse the command line, time, print."""
-    options = tyro.cli(StepBench, description=__doc__)
-    try:
-        measure(options, Console())
-    except UserError as error:
-        fail(error)
+    """File to write the result to; it grows as variants are done."""
 
 
 def measure(options: StepBench, console: Console) -> dict:
     """Time the variants, print a table and return (and write, where asked) the result."""
+    command.check_at_least(options, batch_size=0, micro_steps=0, repeats=1, warmup=0)
+    command.check_writable(options.json)
     config = defaults(options.preset)
-    config.batch_size = options.batch_size or config.batch_size
-    config.gradient_accumulation_steps = options.micro_steps or config.gradient_accumulation_steps
-    config.device, config.dtype = options.device, options.dtype
-    config.compile = config.fused = False
+    config = replace(
+        config,
+        batch_size=options.batch_size or config.batch_size,
+        gradient_accumulation_steps=options.micro_steps or config.gradient_accumulation_steps,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    config.check()
     set_determinism(options.deterministic)
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
-    variants = options.variants or ["plain", "compiled"] + (["fused"] if device.type == "cuda" else [])
+    variants = list(dict.fromkeys(options.variants))
+    if not variants:
+        variants = ["plain", "compiled"] + (["fused"] if device.type == "cuda" else [])
     if "fused" in variants and device.type != "cuda":
         raise UserError(f"--variants fused needs a GPU, and the device is {device}; allowed here: all others")
     if device.type != "cuda":
         console.print("no GPU here: the CPU is timed, MFU is n/a, and nothing of this says how fast a GPU is")
 
-    groups = [variants] if flops.parameters(config) < SIDE_BY_SIDE else [[v] for v in variants]
-    rows: list[dict] = []
-    for group in groups:
-        rows += _time_group(group, config, options, device, dtype, console)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     result = {
         "bench": "step",
         "preset": options.preset,
@@ -98,39 +90,70 @@ def measure(options: StepBench, console: Console) -> dict:
         "sequence_length": config.max_seq_len,
         "dtype": str(dtype).removeprefix("torch."),
         "deterministic": options.deterministic,
-        "rows": rows,
-        "environment": environment(),
+        "rows": [],
     }
+    for group in [variants] if flops.parameters(config) < SIDE_BY_SIDE else [[v] for v in variants]:
+        result["rows"] += _time_group(group, config, options, device, dtype, console)
+        result["environment"] = environment()
+        if options.json:
+            write_json(options.json, result)
+        torch.compiler.reset()  # compiled code holds on to the models it was compiled for
+        _release(device)
     console.print(table(result))
-    if options.json:
-        write_json(options.json, result)
     return result
 
 
-def _time_group(variants, config, options, device, dtype, console) -> list[dict]:
+def _time_group(
+    variants: list[str],
+    config: TrainConfig,
+    options: StepBench,
+    device: torch.device,
+    dtype: torch.dtype,
+    console: Console,
+) -> list[dict]:
     """Variants timed in turn; one row of figures each."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.gradient_accumulation_steps, config.batch_size, config.max_seq_len + 1)
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
     micro_batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
-    calls, first_seconds, memory = {}, {}, {}
+    calls: dict[str, Callable[[], float]] = {}
+    costs: dict[str, dict] = {}
     with console.status("") as status:
         for variant in variants:
-            status.update(f"{variant}: the first step")
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            start = time.perf_counter()
-            calls[variant] = make_step(variant, config, device, dtype, micro_batches)
-            calls[variant]()
-            first_seconds[variant] = time.perf_counter() - start
-            # Of this variant alone: what the others beside it hold was there before.
-            memory[variant] = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+            status.update(f"{variant}: the first steps")
+            try:
+                calls[variant], costs[variant] = _first_steps(variant, config, device, dtype, micro_batches)
+            except torch.OutOfMemoryError:
+                costs[variant] = {"failed": "out of memory"}
+            if variant not in calls:
+                _release(device)
         timings = time_in_turn(calls, repeats=options.repeats, warmup=options.warmup, progress=status.update)
-    return [
-        _row(variant, timings[variant], first_seconds[variant], memory[variant], config, device, dtype)
-        for variant in variants
-    ]
+    timed = {name: figures(timing, config, device, dtype) for name, timing in timings.items()}
+    return [{"variant": variant} | timed.get(variant, {}) | costs[variant] for variant in variants]
+
+
+def _release(device: torch.device) -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _first_steps(
+    variant: str, config: TrainConfig, device: torch.device, dtype: torch.dtype, micro_batches: list[tuple]
+) -> tuple[Callable[[], float], dict]:
+    """A variant's step, after the two that tell the time to the first one (s) and the peak memory (bytes)."""
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0  # by the variants that are held beside this one
+    start = time.perf_counter()
+    step = make_step(variant, config, device, dtype, micro_batches)
+    step()
+    seconds = time.perf_counter() - start
+    if on_gpu:  # the second step: the first one makes the optimizer's state only after its backward
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
+    return step, {"seconds_to_first_step": seconds, "peak_memory": peak}
 
 
 def make_step(
@@ -144,19 +167,17 @@ def make_step(
     spec = "all" if variant == "fused" else "none"
     with device:
         model = Llama(config.shape(), kernels.select(spec, config.n_layers), dtype)
-    compiled = TrainConfig(**asdict(config) | {"compile": variant != "plain"})
-    trainer = Trainer(model, compiled, World())
+    trainer = Trainer(model, replace(config, compile=variant != "plain"), World())
     valid = sum(targets.numel() for _, targets in micro_batches)
     batches = [(tokens, targets, None) for tokens, targets in micro_batches]
     return lambda: trainer.step(batches, valid, config.learning_rate).loss.item()
 
 
-def _row(variant: str, timing: Timing, first: float, memory: int | None, config, device, dtype) -> dict:
+def figures(timing: Timing, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> dict:
     tokens = config.batch_size * config.gradient_accumulation_steps * config.max_seq_len
     rate = tokens / timing.median
     flops_per_token = flops.flops_per_token(config)
     return {
-        "variant": variant,
         "ms": 1000 * timing.median,
         "ms_min": 1000 * timing.minimum,
         "ms_max": 1000 * timing.maximum,
@@ -164,33 +185,26 @@ def _row(variant: str, timing: Timing, first: float, memory: int | None, config,
         "tokens_per_second": rate,
         "tflops": rate * flops_per_token / 1e12,
         "mfu": hardware.mfu(flops_per_token, rate, memory_name(device), str(dtype).removeprefix("torch.")),
-        "peak_memory": memory,
-        "seconds_to_first_step": first,
     }
 
 
 def table(result: dict) -> Table:
-    """The result as people read it. The ratio is to the first row: above 1 is faster."""
+    """The result as people read it. Speeds are relative to `compiled`, or to the first variant that ran."""
     env = result["environment"]
-    title = (
-        f"{result['preset']}: {result['micro_steps']} x {result['batch_size']} x {result['sequence_length']} tokens, "
-        f"{result['dtype']}, {env['device']}, torch {env['torch']}"
+    ms = {row["variant"]: row["ms"] for row in result["rows"] if "ms" in row}
+    base = "compiled" if "compiled" in ms else next(iter(ms), "")
+    shown = Table(
+        title=f"{result['preset']}: {result['micro_steps']} x {result['batch_size']} x {result['sequence_length']} tokens, "
+        f"{result['dtype']}, {env['device']}, torch {env['torch']}",
+        caption="MFU: (6 N_matmul + 12 L H D T) FLOPs a token, over the GPU's dense peak; speed: above 1 is faster",
     )
-    shown = Table(title=title)
-    for heading in (
-        "variant",
-        "ms/step",
-        "min - max",
-        "tokens/s",
-        "TFLOP/s",
-        "MFU",
-        "peak GiB",
-        "first step s",
-        "speed",
-    ):
-        shown.add_column(heading, justify="left" if heading == "variant" else "right")
-    base = result["rows"][0]["ms"]
+    shown.add_column("variant")
+    for heading in ("ms/step", "min - max", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "first step s", f"vs {base}"):
+        shown.add_column(heading, justify="right")
     for row in result["rows"]:
+        if "ms" not in row:
+            shown.add_row(row["variant"], row["failed"])
+            continue
         shown.add_row(
             row["variant"],
             f"{row['ms']:.2f}",
@@ -200,10 +214,10 @@ def table(result: dict) -> Table:
             "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}",
             "n/a" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f}",
             f"{row['seconds_to_first_step']:.1f}",
-            f"{base / row['ms']:.2f}x",
+            f"{ms[base] / row['ms']:.2f}x",
         )
     return shown
 
 
 if __name__ == "__main__":
-    main()
+    command.run(StepBench, __doc__, measure)

@@ -4,7 +4,9 @@
 resolved on first use, so that the grammar of a selection (`kernels.grammar`) is there without importing torch or triton.
 """
 
-from typing import TYPE_CHECKING
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kernels.select import TORCH, TRITON, Ops, select
@@ -18,9 +20,16 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    # Not `from kernels import select`: the submodule and the function share that name, and importing the submodule
-    # binds it as an attribute of this package. Every public name is therefore bound here, the function last.
     module = importlib.import_module("kernels.select")
     for public in __all__:
         globals()[public] = getattr(module, public)
     return globals()[name]
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever imports the submodule `kernels.select` first would have it bound here in place of the function.
+        super().__setattr__(name, value.select if name == "select" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Models so small lose time with more threads, most of all beside another test process.
+torch.set_num_threads(1)
+
 
 def pytest_configure(config):
     # The interpreter computes in NumPy, which warns of the overflows and NaNs that some tests are about.

@@ -217,7 +217,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
 @pytest.mark.parametrize("which", ["last", "best", "step-00000007", "../elsewhere", ""])
 def test_a_checkpoint_that_is_not_there_is_asked_for(tmp_path, which):
     for out_dir in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=r"--init-from resume: .*--out-dir .* holds no checkpoint"):
+        with pytest.raises(UserError, match=r"there is no checkpoint .* in .*, which holds no checkpoint"):
             checkpoint.find(out_dir, which)
 
 
@@ -331,7 +331,7 @@ def test_an_out_dir_that_is_a_file_is_reported(tmp_path):
     for out_dir in (tmp_path / "out", tmp_path / "out" / "below"):
         with pytest.raises(UserError, match=r"--out-dir .*out.* could not be saved: (File exists|Not a directory)"):
             save(out_dir, 1)
-        with pytest.raises(UserError, match="--init-from resume"):
+        with pytest.raises(UserError, match="no checkpoint"):
             checkpoint.load(out_dir)
 
 

@@ -1,11 +1,15 @@
-"""Which checkpoints a run's folder holds. Imports no torch, so that `--init-from resume` is checked with the other options."""
+"""What a run's folder holds. Imports no torch, so that `--init-from resume` and `--out-dir` are checked with the other options."""
 
 import re
+import tempfile
+from itertools import count
 from pathlib import Path
 
 from training.errors import UserError
 
 STEP_FOLDER = re.compile(r"step-\d{8,}")
+RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "loss.png", "profile.json", "tensorboard", "wandb")
+"""What a run writes into its folder beside its checkpoints."""
 
 
 def find(out_dir: str | Path, which: str = "last") -> Path:
@@ -27,9 +31,7 @@ def find(out_dir: str | Path, which: str = "last") -> Path:
                 return folder
     held = ", ".join(folder.name for folder in present) or "no checkpoint"
     found = "" if name is None or name == which else f" (the file says {name!r})"
-    raise UserError(
-        f"--init-from resume: there is no checkpoint {which!r}{found} in --out-dir {out_dir}, which holds {held}"
-    )
+    raise UserError(f"there is no checkpoint {which!r}{found} in {out_dir}, which holds {held}")
 
 
 def step_folders(out_dir: Path) -> list[Path]:
@@ -46,25 +48,38 @@ def pointed_at(out_dir: Path, pointer: str) -> str | None:
         return None
 
 
-def claim(out_dir: str | Path, *, resume: bool) -> str:
-    """Make a run's folder, and set aside what an earlier run left in it unless this one continues that. Says what it did.
+def check_writable(out_dir: str | Path) -> None:
+    """Make a run's folder where there is none. UserError unless files can be written there."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as error:
+        raise _cannot_write(out_dir, error) from None
 
-    Nothing is deleted: it moves to `earlier-1`, `earlier-2` ... inside. UserError where the folder cannot be written.
+
+def open_run(out_dir: str | Path, config_toml: str, *, resume: bool) -> str:
+    """Write the configuration of a run that begins, or goes on, in its folder. Returns what there is to say, or nothing.
+
+    What an earlier run left there is set aside unless this one continues it: moved to `earlier-1`, `earlier-2` ... inside.
+    Nothing is deleted, and nothing is touched that no run wrote. UserError where the folder cannot be written.
     """
     out_dir = Path(out_dir)
+    note = ""
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / ".tmp-probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-        held = [path for path in out_dir.iterdir() if not path.name.startswith("earlier-")]
-        if resume or not step_folders(out_dir):
-            return ""
-        count = sum(path.name.startswith("earlier-") for path in out_dir.iterdir())
-        earlier = out_dir / f"earlier-{count + 1}"
-        earlier.mkdir()
-        for path in held:
-            path.rename(earlier / path.name)
+        if not resume and step_folders(out_dir):
+            earlier = next(folder for n in count(1) if not (folder := out_dir / f"earlier-{n}").exists())
+            earlier.mkdir()
+            for path in (*step_folders(out_dir), *out_dir.glob(".old-step-*"), *map(out_dir.joinpath, RUN_FILES)):
+                if path.exists():
+                    path.rename(earlier / path.name)
+            note = f"{out_dir} held an earlier run, which is now in {earlier}"
+        draft = out_dir / ".tmp-config.toml"
+        draft.write_text(config_toml, encoding="utf-8")
+        draft.replace(out_dir / "config.toml")
     except OSError as error:
-        raise UserError(f"--out-dir {out_dir} cannot be written: {error.strerror or error}") from None
-    return f"{out_dir} held an earlier run, which is now in {earlier}"
+        raise _cannot_write(out_dir, error) from None
+    return note
+
+
+def _cannot_write(out_dir: str | Path, error: OSError) -> UserError:
+    return UserError(f"--out-dir {out_dir} cannot be written: {error.strerror or error}")

@@ -5,7 +5,10 @@ Defaults come from the preset, then from the run being resumed, then from a TOML
 
 import argparse
 import difflib
+import importlib.util
+import math
 import os
+import re
 import sys
 import tomllib
 import typing
@@ -44,6 +47,13 @@ RUNS: dict[str, dict] = {
 }
 
 
+# What number options must be at least.
+AT_LEAST = {
+    1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints max_skipped_steps",
+    0: "warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
+}
+
+
 @dataclass(kw_only=True)
 class TrainConfig(LlamaConfig):
     """Train a Llama. Options not given come from the preset, or from the run that --init-from resume continues."""
@@ -53,13 +63,11 @@ class TrainConfig(LlamaConfig):
 
     # Where things come from and go to
     preset: str = "reference"
-    """Shape and run to start from: reference, smoke (a laptop's CPU), 124m, 350m, llama3.2-1b, llama3.2-3b, llama3.1-8b,
-    llama3.1-70b or llama3.1-405b."""
+    """Run to start from: reference, smoke, 124m, 350m, llama3.2-1b, llama3.2-3b, llama3.1-8b, llama3.1-70b or llama3.1-405b."""
     config: str = ""
     """TOML file of defaults, keys spelled as the options; the command line wins."""
     data: str = "stdlib"
-    """Text to train on: stdlib (Python's own source), tinystories (downloaded once), or a path: .txt, .jsonl, .parquet or a
-    folder of text files."""
+    """stdlib (Python's own source), tinystories (downloaded once), or a path: .txt, .jsonl, .parquet, a folder of texts."""
     data_dir: str = "data"
     """Folder for downloads, tokenizers and token shards."""
     tokenizer: str = ""
@@ -143,7 +151,7 @@ class TrainConfig(LlamaConfig):
     tensorboard: bool = True
     """Write TensorBoard events to out_dir/tensorboard."""
     wandb_log: bool = False
-    """Log to Weights & Biases (pip install 'triton-llama[wandb]')."""
+    """Log to Weights & Biases (pip install wandb)."""
     wandb_project: str = "triton-llama"
     """Weights & Biases project."""
     wandb_run_name: str = ""
@@ -164,22 +172,22 @@ class TrainConfig(LlamaConfig):
         """Raise UserError, naming the option, what was found and what is allowed, unless the run can be attempted."""
         try:
             super().check()
-            chosen = grammar.parse(self.kernel_spec, self.n_layers)
         except ValueError as error:
             raise UserError(error) from None
-        at_least = {
-            "batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "max_iters": 1,
-            "eval_interval": 1,
-            "eval_iters": 1,
-        }
-        at_least |= {"log_interval": 1, "keep_checkpoints": 1, "max_skipped_steps": 1}
-        at_least |= {"warmup_iters": 0, "decay_iters": 0, "sample_tokens": 0}
-        at_least |= {"learning_rate": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0}
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least {least}")
+        try:
+            uses_triton = self.uses_triton()
+        except ValueError as error:
+            raise UserError(f"--kernels: {error}") from None
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{option(field.name)} is {value}; it must be a finite number")
+            if value == "" and field.name in ("data", "data_dir", "out_dir"):
+                raise UserError(f"{option(field.name)} is empty")
+        for least, names in AT_LEAST.items():
+            for name in names.split():
+                if getattr(self, name) < least:
+                    raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least {least}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least 0 and less than 1")
@@ -187,10 +195,20 @@ class TrainConfig(LlamaConfig):
             raise UserError(f"--val-fraction is {self.val_fraction}; it must be between 0 and 1")
         if self.min_lr > self.learning_rate:
             raise UserError(f"--min-lr {self.min_lr} is greater than --learning-rate {self.learning_rate}")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
+        if self.decay_iters > self.max_iters:
+            raise UserError(f"--decay-iters {self.decay_iters} is greater than --max-iters {self.max_iters}")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed is {self.seed}; it must be less than 2**63")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise UserError(f"--device is {self.device!r}; allowed: auto, cpu, cuda, cuda:N")
-        if any(chosen) and not _interpreting() and (self.device == "cpu" or not gpu_visible()):
+        if self.wandb_log and importlib.util.find_spec("wandb") is None:
+            raise UserError("--wandb-log: wandb is not installed; pip install wandb, or leave the option off")
+        if uses_triton and not interpreting() and (self.device == "cpu" or not gpu_visible()):
             raise no_gpu_for_kernels(self)
+
+    def uses_triton(self) -> bool:
+        """Whether any layer runs a Triton kernel. ValueError for a selection that is none."""
+        return any(grammar.parse(self.kernel_spec, self.n_layers))
 
 
 def no_gpu_for_kernels(config: TrainConfig) -> UserError:
@@ -205,42 +223,63 @@ def no_gpu_for_kernels(config: TrainConfig) -> UserError:
 
 def gpu_visible() -> bool:
     """Whether a driver of a GPU that Triton can compile for is there: asked of the system, as torch is not imported yet."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+def interpreting() -> bool:
+    """Whether Triton will run kernels in its interpreter: the values of TRITON_INTERPRET that it takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line asks for, checked.
 
-    Raises UserError for a mistake in an option's value or in a file of defaults, and SystemExit as tyro does: status 0
-    after --help, 2 for options it does not know or values of another type.
+    Raises UserError for an unknown option and a mistake in a value or in a file of defaults, and SystemExit as tyro does:
+    status 0 after --help, 2 for a value of another type.
     """
-    # Options that decide the defaults of the others are read ahead of the parser proper.
-    early = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
-    )
-    for name in ("preset", "config", "out_dir", "init_from", "device"):
-        early.add_argument(option(name), f"--{name}", dest=name)
-    try:
-        known = vars(early.parse_known_args(arguments)[0])
-    except argparse.ArgumentError:  # a missing value: tyro says it better
-        known = {}
-    file = _read_toml(Path(known["config"]), "--config") if "config" in known else {}
-    asked = file | known
+    early = _read_ahead(arguments)
+    file = _read_toml(Path(early["config"]), "--config") if "config" in early else {}
+    asked = file | early
     preset = asked.get("preset")
     base = defaults(preset or "reference", asked.get("device", "auto"))
-    if asked.get("init_from") == "resume" and "--help" not in arguments:
-        path = checkpoint_folder.find(asked.get("out_dir", base.out_dir)) / "config.toml"
-        saved = replace(base, **_read_toml(path, "--init-from resume"))
-        base = saved if preset in (None, saved.preset) else replace(saved, **_preset_options(preset))
-        base = replace(base, config="", eval_only=False, profile=False)  # of that call, not of the run
+    if asked.get("init_from") == "resume" and not {"-h", "--help"} & set(arguments):
+        base = _resumed(base, asked.get("out_dir", base.out_dir), preset)
     base = replace(base, **file)
-    config = tyro.cli(TrainConfig, args=arguments, default=base, description=TrainConfig.__doc__)
+    config, unknown = tyro.cli(
+        TrainConfig, args=arguments, default=base, description=TrainConfig.__doc__, return_unknown_args=True
+    )
+    if unknown:
+        if not unknown[0].startswith("-"):
+            raise UserError(f"unexpected {unknown[0]!r}; options are --name value, and switches --name or --no-name")
+        raise UserError(_unknown_option(unknown[0].partition("=")[0], [option(name) for name in _spellings()]))
     config.check()
     return config
+
+
+def _read_ahead(arguments: list[str]) -> dict[str, str]:
+    """The options that decide the defaults of the others, read before the parser proper, which says what is wrong with them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("preset", "config", "out_dir", "init_from", "device"):
+        parser.add_argument(option(name), f"--{name}", dest=name, default=argparse.SUPPRESS)
+    try:
+        return vars(parser.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:
+        return {}
+
+
+def _resumed(base: TrainConfig, out_dir: str, preset: str | None) -> TrainConfig:
+    """The configuration of the run in `out_dir`, under the preset's where the command line or the file names another."""
+    try:
+        path = checkpoint_folder.find(out_dir) / "config.toml"
+    except UserError as error:
+        raise UserError(f"--init-from resume: {error}") from None
+    saved = replace(base, **_read_toml(path, "--init-from resume"))
+    if preset not in (None, saved.preset):
+        saved = replace(saved, **_preset_options(preset))
+    # What was said of that call, not of the run; and the folder may have been moved since.
+    return replace(saved, config="", eval_only=False, profile=False, init_from="resume", out_dir=out_dir)
 
 
 def defaults(preset: str, device: str = "auto") -> TrainConfig:
@@ -276,13 +315,14 @@ def _read_toml(path: Path, source: str) -> dict:
 
 def _options(table: dict, path: str) -> dict:
     """Checks keys and types of a table of options; keys may be spelled with dashes. The alias n_group is understood."""
-    types = typing.get_type_hints(TrainConfig)
-    options = {}
+    types, options = typing.get_type_hints(TrainConfig), {}
     for key, value in table.items():
-        name = {"n_group": "n_kv_heads"}.get(key.replace("-", "_"), key.replace("-", "_"))
-        if name not in types:
-            close = difflib.get_close_matches(name, types, n=1)
-            raise UserError(f"{path}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        spelling = key.replace("-", "_")
+        if spelling not in _spellings():
+            raise UserError(f"{path}: {_unknown_option(key, list(_spellings()))}")
+        name = _spellings()[spelling]
+        if name in options:
+            raise UserError(f"{path}: {key} is there twice, in two spellings")
         wanted = types[name]
         if typing.get_origin(wanted) is Literal:
             if value not in typing.get_args(wanted):
@@ -296,7 +336,17 @@ def _options(table: dict, path: str) -> dict:
     return options
 
 
+def _spellings() -> dict[str, str]:
+    """Fields by the names they may be given under: their own, and the reference's n_group."""
+    return {f.name: f.name for f in fields(TrainConfig)} | {"n_group": "n_kv_heads"}
+
+
+def _unknown_option(found: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(found, allowed, n=1)
+    return f"unknown option {found!r}" + (f"; did you mean {close[0]!r}?" if close else "; --help lists all options")
+
+
 def fail(error: UserError) -> typing.NoReturn:
-    """Print a user's mistake as one line and exit with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    """Print a user's mistake as one line, whatever a library put in it, and exit with status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -14,9 +14,12 @@ class Console:
 
     def print(self, text: str) -> None:
         """One or more lines; characters that a terminal would obey, or that stdout cannot encode, are shown escaped."""
-        text = _printable(text, sys.stdout.encoding or "utf-8")
+        text = printable(text, sys.stdout.encoding or "utf-8")
         if self._progress is None:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # a `tee` that Ctrl-C reached first, say: the run goes on, and has its files
+                silence_stdout()
         else:
             self._progress.console.out(text, highlight=False)
 
@@ -51,7 +54,12 @@ def _progress_bar(total_steps: int, start_step: int):
     return progress, task
 
 
-def _printable(text: str, encoding: str) -> str:
-    # A sample of a young model holds any character, escape sequences included.
+def printable(text: str, encoding: str) -> str:
+    """The text with what a terminal would obey, or `encoding` does not have, shown escaped: young models write anything."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def silence_stdout() -> None:
+    """Let what is still written to stdout go nowhere: its reader has gone, and the flush at exit would say so again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from training.config import TrainConfig, no_gpu_for_kernels
+from training.config import TrainConfig, interpreting, no_gpu_for_kernels
 from training.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -13,23 +13,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def resolve_device(config: TrainConfig, local_rank: int = 0) -> torch.device:
     """The device that --device asks for. UserError where it is not there, or where Triton kernels would have no GPU."""
-    has_gpu = torch.cuda.is_available()
-    name = config.device if config.device != "auto" else ("cuda" if has_gpu else "cpu")
-    if name.startswith("cuda") and not has_gpu:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device.startswith("cuda") and not gpus:
         raise UserError(
             f"--device is {config.device}, and PyTorch {torch.__version__} finds no GPU; allowed here: auto, cpu"
         )
-    device = torch.device(name)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index if device.index is not None else local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"--device is cuda:{device.index}; this machine has {torch.cuda.device_count()} GPUs, from cuda:0"
-            )
-        torch.cuda.set_device(device)
-    elif config.kernel_spec != "none" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise no_gpu_for_kernels(config)
-    return device
+    if config.device == "cpu" or not gpus:
+        if config.uses_triton() and not interpreting():
+            raise no_gpu_for_kernels(config)
+        return torch.device("cpu")
+    _, _, number = config.device.partition(":")
+    index = int(number) if number else local_rank
+    if index >= gpus:
+        raise UserError(
+            f"--device is {config.device}: there is no cuda:{index}; this machine has {gpus} GPUs, from cuda:0"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -48,8 +48,9 @@ def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
         (x @ x).sum().item()
     except RuntimeError as error:
         allowed = ", ".join(name for name in DTYPES if name != config.dtype)
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--dtype is {config.dtype}, which {device} does not have ({error}); try one of {allowed}"
+            f"--dtype is {config.dtype}, which {device} does not have ({reason}); try one of {allowed}"
         ) from None
     return dtype
 

@@ -1,6 +1,8 @@
 """One process or many: who this one is, and sums over all of them. torchrun sets the environment; without it there is one."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +30,10 @@ class World:
         """Replace each tensor, in place, by its sum over all processes. The order of the sum is fixed."""
         if self.size == 1:
             return
-        with_kind: dict[torch.dtype, list[Tensor]] = {}
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
-            with_kind.setdefault(tensor.dtype, []).append(tensor)
-        for group in with_kind.values():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_dtype.values():
             flat = torch.cat([t.flatten() for t in group])  # one message, not one a parameter
             dist.all_reduce(flat)
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
@@ -53,6 +55,15 @@ class World:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block, then the others: what it makes on the disk they find made."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
 
 
 def join(config: TrainConfig) -> World:

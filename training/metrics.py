@@ -69,7 +69,9 @@ class Metrics:
             self._tensorboard = SummaryWriter(str(self._out_dir / "tensorboard"), purge_step=start_step, flush_secs=30)
             self._tensorboard.add_text("config", _as_code(json.dumps(config, indent=1, default=str)), start_step)
         if wandb:
-            self._wandb = wandb.init(project=wandb_project, name=run_name, config=config, dir=str(self._out_dir))
+            self._wandb = wandb.init(
+                project=wandb_project, name=run_name or None, config=config, dir=str(self._out_dir)
+            )
         self._console = Console(total_steps, start_step)
 
     def step(self, record: StepRecord) -> None:
@@ -204,7 +206,5 @@ def _import_wandb():
     try:
         import wandb
     except ImportError as error:
-        raise UserError(
-            "--wandb-project: wandb is not installed; pip install triton-llama[wandb], or leave the option off"
-        ) from error
+        raise UserError("--wandb-log: wandb is not installed; pip install wandb, or leave the option off") from error
     return wandb

@@ -1,5 +1,6 @@
 """What of a run is in its checkpoints: gathered here to save it, put back here to resume."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from training.errors import UserError
 from training.shards import Dataset
 from training.step import Trainer
 
+SHAPE = {f.name for f in fields(LlamaConfig)} - {"dropout"}
+"""Options that must stay as they were in a resumed run: those of the parameters and what is computed with them."""
+OF_ONE_CALL = {"config", "out_dir", "init_from", "eval_only", "profile"}
+"""Options that say nothing of the run."""
+
 
 @dataclass
 class Progress:
@@ -20,7 +26,7 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
-    best_val_loss: float = float("inf")
+    best_val_loss: float = math.inf
     """Nats a token."""
     skipped: int = 0
     """Updates skipped so far because the loss or the gradient was not finite."""
@@ -47,7 +53,9 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
             "rng": rng_tensors,
         },
         state={
-            "best_val_loss": progress.best_val_loss if progress.best_val_loss < float("inf") else None,
+            "best_val_loss": progress.best_val_loss
+            if progress.best_val_loss < math.inf
+            else None,  # JSON has no infinity
             "skipped": progress.skipped,
             "skipped_in_a_row": progress.skipped_in_a_row,
             "updates": optimizer.updates(model, trainer.optimizer),
@@ -63,17 +71,27 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
     )
 
 
-def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> Progress:
-    """Put back the last checkpoint in out_dir. UserError where there is none, or it is of another model, tokenizer or text."""
+def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Progress, str]:
+    """Put back the last checkpoint in out_dir. Returns where the run is, and what there is to say of it.
+
+    UserError where there is none, it is damaged, of another model, tokenizer or text, or past the run's end.
+    """
     saved = checkpoint.load(config.out_dir)
-    _check_shape(config, from_toml(saved.config_toml, str(saved.path / "config.toml")), saved.path)
-    for name, found in (("tokenizer_hash", dataset.tokenizer.hash), ("data_fingerprint", dataset.fingerprint)):
-        if saved.state[name] != found:
-            what = "tokenizer" if name == "tokenizer_hash" else "text"
+    former = from_toml(saved.config_toml, str(saved.path / "config.toml"))
+    other_shape = _changed(config, former, SHAPE)
+    if other_shape:
+        raise UserError(f"--init-from resume: {saved.path} holds another model: {other_shape}")
+    for key, found, what in (
+        ("tokenizer_hash", dataset.tokenizer.hash, "tokenizer"),
+        ("data_fingerprint", dataset.fingerprint, "text"),
+    ):
+        if saved.state[key] != found:
             raise UserError(
-                f"--init-from resume: {saved.path} was trained on another {what} than --data {config.data} gives now "
-                f"({name} {saved.state[name][:12]}, found {found[:12]})"
+                f"--init-from resume: {saved.path} was trained with another {what} than --data {config.data} gives now "
+                f"({key} {saved.state[key][:12]}, found {found[:12]})"
             )
+    if saved.step > config.max_iters:
+        raise UserError(f"--max-iters is {config.max_iters}, and {saved.path} has {saved.step} steps behind it")
     model = trainer.model
     with torch.no_grad():
         for name, tensor in huggingface.pack(model.config, saved.tensors("model")).items():
@@ -88,16 +106,16 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> Progress:
     optimizer.restore(model, trainer.optimizer, moments, state["updates"])
     trainer.loss_scale.load_state_dict(state["loss_scale"])
     checkpoint.set_rng_state(state["rng"], saved.tensors("rng"))
-    best = float("inf") if state["best_val_loss"] is None else state["best_val_loss"]
-    return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"])
+    best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+    changed = _changed(config, former, {f.name for f in fields(TrainConfig)} - OF_ONE_CALL)
+    note = f"resuming {saved.path}" + (f" with other options: {changed}" if changed else "")
+    return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"]), note
 
 
-def _check_shape(config: TrainConfig, saved: TrainConfig, path: Path) -> None:
-    """UserError, naming the options, where the checkpoint is of another model. Dropout may change."""
-    other = [
-        f"{option(f.name)} is {getattr(config, f.name)}, was {getattr(saved, f.name)}"
-        for f in fields(LlamaConfig)
-        if f.name != "dropout" and getattr(config, f.name) != getattr(saved, f.name)
-    ]
-    if other:
-        raise UserError(f"--init-from resume: {path} holds another model: {'; '.join(other)}")
+def _changed(config: TrainConfig, former: TrainConfig, names: set[str]) -> str:
+    """Those of the options that are not what they were, in words."""
+    return ", ".join(
+        f"{option(f.name)} is {getattr(config, f.name)}, was {getattr(former, f.name)}"
+        for f in fields(TrainConfig)
+        if f.name in names and getattr(config, f.name) != getattr(former, f.name)
+    )

@@ -1,0 +1,42 @@
+"""Liger-Kernel's ops, under the signatures of `kernels.Ops`: an optional peer, `pip install 'triton-llama[bench]'`.
+
+https://github.com/linkedin/Liger-Kernel, 0.8.5 or newer. Each is called with the defaults that Liger itself calls it with
+in a Llama; some of them write into what they are given: rope into dense q and k and into the upstream gradients,
+rms_norm into the upstream gradient.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def installed() -> bool:
+    """Whether it is there; this does not import it."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def ops() -> dict[str, Callable]:
+    """Each op that Liger has, by our name for it."""
+    from liger_kernel.ops import (
+        LigerFusedAddRMSNormFunction,
+        LigerFusedGateUpSiLUMulFunction,
+        LigerRMSNormFunction,
+        LigerRopeFunction,
+    )
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return LigerRMSNormFunction.apply(x, weight, eps)
+
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps)
+
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1, q.shape[-1])
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        rows = gate_up.flatten(0, -2)  # of more dimensions it returns a gradient of another shape
+        return LigerFusedGateUpSiLUMulFunction.apply(rows).unflatten(0, gate_up.shape[:-1])
+
+    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": rope, "swiglu": swiglu}

@@ -1,0 +1,62 @@
+"""What an evaluation reports: the loss of both splits, bits per byte, and a sample of text."""
+
+import math
+
+from model import generation
+from training.batches import Batches, prefetch
+from training.config import TrainConfig
+from training.distributed import World
+from training.shards import Dataset
+from training.step import Trainer
+
+
+class Evaluation:
+    """Measures a model on the same batches each time: the first `eval_iters` of each split, or all where it has fewer.
+
+    Raises UserError where a split has less than one batch.
+    """
+
+    def __init__(self, config: TrainConfig, trainer: Trainer, dataset: Dataset, world: World):
+        self._config, self._trainer, self._dataset, self._world = config, trainer, dataset, world
+        self._device = trainer.model.cos.device
+        self._train, self._val = (
+            Batches(
+                shards,
+                sequence_length=config.max_seq_len,
+                sequences_per_step=config.batch_size,
+                seed=config.seed,
+            )
+            for shards in (dataset.train, dataset.val)
+        )
+
+    def losses(self) -> tuple[float, float, float]:
+        """Train and validation loss in nats a token, and bits per byte of the validation text.
+
+        Every process calls it; the batches are shared among them.
+        """
+        val_loss = self._loss(self._val)
+        bits_per_token = val_loss / math.log(2)
+        return (
+            self._loss(self._train),
+            val_loss,
+            bits_per_token * self._dataset.val.n_tokens / self._dataset.val.n_bytes,
+        )
+
+    def _loss(self, batches: Batches) -> float:
+        count = min(self._config.eval_iters, int(batches.steps_per_epoch))
+        mine = range(self._world.rank, count, self._world.size)
+
+        def load(i: int):
+            return batches.sequences(mine[i], 0, self._config.batch_size)
+
+        return self._trainer.evaluate(prefetch(load, 0, len(mine), device=self._device))
+
+    def sample(self) -> str | None:
+        """Text that the model writes after --sample-prompt, the prompt included; None where none is asked for."""
+        config, tokenizer = self._config, self._dataset.tokenizer
+        if not config.sample_tokens:
+            return None
+        prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)][: config.max_seq_len - 1]
+        model = self._trainer.model
+        new = generation.generate(model, prompt, config.sample_tokens, temperature=0.8, seed=config.seed)
+        return tokenizer.decode(prompt[1:] + new)

@@ -1,0 +1,19 @@
+"""A torch profiler trace of a few steps of a run."""
+
+from pathlib import Path
+
+from torch import profiler
+
+FIRST, COUNT = 3, 3
+"""Steps before the first one recorded, of which the last warms the profiler up, and how many are recorded."""
+
+
+def trace(path: Path) -> profiler.profile:
+    """A profiler to enter, and to tell of each step with `step()`, that writes steps 3 to 5 to `path`.
+
+    The file is read by chrome://tracing and https://ui.perfetto.dev. A shorter run leaves what it recorded, if anything.
+    """
+    return profiler.profile(
+        schedule=profiler.schedule(wait=FIRST - 1, warmup=1, active=COUNT, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(path)),
+    )
