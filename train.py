@@ -31,7 +31,7 @@ def train(config: TrainConfig) -> None:
     from model import Llama, flops
     from training import distributed, hardware, profiling, state
     from training.batches import Batches, prefetch
-    from training.device import memory_name, resolve_device, resolve_dtype, seed_step, set_determinism
+    from training.device import memory_name, resolve_device, resolve_dtype, seed_run, seed_step, set_determinism
     from training.evaluation import Evaluation
     from training.metrics import Metrics, StepRecord
     from training.plot import draw_loss_curve
@@ -74,12 +74,15 @@ def train(config: TrainConfig) -> None:
         """The micro-batches that fall to this process in a step, and how many of their targets count."""
         first = world.rank * micro_steps
         parts = [
-            batches.sequences(step, (first + i) * config.batch_size, config.batch_size) for i in range(micro_steps)
+            batches.sequences(
+                step, (first + i) * config.batch_size, config.batch_size, with_first_key=config.packed_documents
+            )
+            for i in range(micro_steps)
         ]
         return parts, sum(int((part.targets != -100).sum()) for part in parts)
 
     # ---- the model, from scratch or from the last checkpoint
-    torch.manual_seed(config.seed)
+    seed_run(config.seed)
     with device:
         model = Llama(config.shape(), kernels.select(config.kernel_spec, config.n_layers), dtype)
     trainer = Trainer(model, config, world)
@@ -109,6 +112,11 @@ def train(config: TrainConfig) -> None:
             f"kernels {config.kernel_spec}; {dataset.train.n_tokens:,} tokens to train on, {tokens_per_step:,} a step, "
             f"{batches.steps_per_epoch:.1f} steps an epoch"
         )
+        if config.packed_documents:
+            metrics.note(
+                f"packed documents: a token sees its own document only; {dataset.train.n_documents:,} documents to train "
+                f"on, {dataset.train.mean_document_length:.1f} tokens each on average"
+            )
         for note in filter(None, notes):
             metrics.note(note)
     profiler = contextlib.nullcontext()

@@ -91,15 +91,15 @@ def call(program: ModuleType, words: list[str]) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def start(program: str, words: list[str], **environment: str) -> subprocess.Popen:
-    """The program in a process, and a process group, of its own; TRITON_INTERPRET only as `environment` says."""
+def start(program: str, words: list[str], code: str = "", **environment: str) -> subprocess.Popen:
+    """The program in a process, and a process group, of its own. code: Python that is run in its place."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.Popen(
-        [sys.executable, "-W", "error::ResourceWarning", str(ROOT / program), *words],
+        [sys.executable, *(["-c", code] if code else [str(ROOT / program)]), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment,
+        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
         start_new_session=True,
         # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -341,7 +341,7 @@ def end_while_preparing(tmp_path, number, **options) -> Result:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_while_the_data_is_prepared_leaves_no_trace(tmp_path, number, status):
-    write_text(tmp_path / "text.txt", documents=20_000)  # encoded in this process, for about a second
+    write_text(tmp_path / "text.txt", documents=25_000)  # encoded in this process, for about a second
     result = end_while_preparing(tmp_path, number, data=tmp_path / "text.txt")
     assert result == Result(status, "", "")
     assert not list((tmp_path / "data").iterdir())

@@ -116,6 +116,8 @@ class TrainConfig(LlamaConfig):
     """Steps of linear warm-up."""
     decay_lr: bool = True
     """Whether the learning rate follows the schedule; else it is learning_rate throughout."""
+    packed_documents: bool = False
+    """Mask attention across document boundaries: a token sees its own document only."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Decay: a half cosine, or WSD: constant, then linear over the last decay_iters steps."""
     decay_iters: int = 0

@@ -1,6 +1,7 @@
 """The device of a run, its compute dtype, and whether it repeats itself to the bit."""
 
 import os
+import random
 
 import numpy as np
 import torch
@@ -67,6 +68,13 @@ def set_determinism(deterministic: bool) -> None:
 def memory_name(device: torch.device) -> str:
     """What the device is called in the log: the GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def seed_run(seed: int) -> None:
+    """Seed every global generator: what a run draws from any of them is then a function of its options."""
+    random.seed(seed)
+    np.random.seed(np.random.SeedSequence(seed).generate_state(4))
+    torch.manual_seed(seed)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

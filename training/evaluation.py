@@ -47,7 +47,8 @@ class Evaluation:
         mine = range(self._world.rank, count, self._world.size)
 
         def load(i: int):
-            return batches.sequences(mine[i], 0, self._config.batch_size)
+            packed = self._config.packed_documents
+            return batches.sequences(mine[i], 0, self._config.batch_size, with_first_key=packed)
 
         return self._trainer.evaluate(prefetch(load, 0, len(mine), device=self._device))
 
