@@ -231,8 +231,9 @@ def test_mistakes_in_the_options_are_named(console, options, message):
 
 
 def run(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    # A worker of pytest-xdist says so in its environment, and pytest-benchmark refuses to measure in one.
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    environment = inherited | {"OMP_NUM_THREADS": "1"}
     project = Path(__file__).parent.parent
     line = [sys.executable, "-m", *arguments]
     return subprocess.run(line, cwd=project, env=environment, capture_output=True, text=True, timeout=300)

@@ -211,9 +211,9 @@ def test_a_terminal_gets_a_bar_below_the_lines(tmp_path, monkeypatch):
     os.close(reader)
     text = shown.decode()
     assert step_line(record(9)) in text
-    assert "9/10" in text
-    assert "loss 8.3178" in text.split("9/10")[1]
-    assert "\x1b[31m" not in text.split("step 10:")[1].split("9/10")[0]  # the sample's own escape is shown, not obeyed
+    assert "10/10" in text
+    assert "loss 8.3178" in text.split("10/10")[1]
+    assert "\x1b[31m" not in text.split("step 10:")[1].split("10/10")[0]  # the sample's own escape is shown, not obeyed
     assert "[bold]x[/bold]" in text
 
 

@@ -61,7 +61,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
 def test_the_log_has_a_line_of_the_reference_at_each_interval(finished):
     form = (
         r"(\d+) \| loss \d+\.\d{4} \| lr \d\.\d{6}e[+-]\d\d \| \d+\.\d\dms \| mfu n/a \| \d+\.\d\d TFLOP/s"
-        r" \| [\d,]+ tok/s \| grad \d+\.\d{3} \| \d+ MiB"
+        r" \| [\d,]+ tok/s \| grad \d+\.\d{3} \| [\d.]+ [MG]iB"
     )
     lines = [line for line in finished[1].out.splitlines() if " | " in line]
     assert [re.fullmatch(form, line)[1] for line in lines] == ["0", "3", "6", "9"]
@@ -347,12 +347,10 @@ def test_a_signal_while_the_data_is_prepared_leaves_no_trace(tmp_path, number, s
     assert not list((tmp_path / "data").iterdir())
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_processes_encode_leaves_no_trace(tmp_path):
     write_text(tmp_path / "text.txt", documents=60_000)
     result = end_while_preparing(tmp_path, signal.SIGINT, data=tmp_path / "text.txt")
-    assert (result.status, result.out) == (130, "")
-    assert "train.py" not in result.err
+    assert result == Result(130, "", "")
     assert not list((tmp_path / "data").iterdir())
 
 

@@ -24,9 +24,9 @@ class Console:
             self._progress.console.out(text, highlight=False)
 
     def advance(self, step: int, loss: float) -> None:
-        """Move the bar to `step`."""
+        """Move the bar past `step`, which is done."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, loss=f"{loss:.4f}")
+            self._progress.update(self._task, completed=step + 1, loss=f"{loss:.4f}")
 
     def close(self) -> None:
         """Leave the bar as it stands; lines can still be printed."""

@@ -306,15 +306,30 @@ def _encode(parts: tuple[Part, ...], tokenizer: Tokenizer, workers: int) -> Iter
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(parts)), context, _start_worker, (tokenizer,))
     try:
-        yield from pool.map(_encode_in_worker, parts)
+        with _without_ctrl_c():
+            encoded = pool.map(_encode_in_worker, parts)  # this starts the processes
+        yield from encoded
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_ctrl_c():
+    """Holds Ctrl-C back; a process that is started meanwhile never gets it. It reaches us, and we stop our workers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `_without_ctrl_c` could not
 
 
 def _encode_in_worker(part: Part) -> dict[Split, _Encoded]:
