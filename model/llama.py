@@ -41,7 +41,7 @@ class Layer(nn.Module):
         """Queries (B, T, H, D), keys and values (B, T, Hkv, D): views of one packed product of y (B, T, dim)."""
         # split, not slices: the backward of a split writes the packed gradient once
         q, k, v = self.wqkv(y).split(self.qkv_widths, dim=-1)
-        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        return tuple(x.view(*x.shape[:-1], -1, self.head_dim) for x in (q, k, v))
 
     def attend(self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None) -> Tensor:
         """The attention branch, (B, T, dim) -> (B, T, dim)."""

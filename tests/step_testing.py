@@ -29,9 +29,9 @@ def micro_batches(step: int, count: int = 2, rows: int = 4, length: int = 32):
 
 def train(trainer: Trainer, steps: int, lr: float = 1e-3, **batch) -> list[float]:
     """Losses of so many steps from step 0."""
-    losses = []
+    losses, device = [], trainer.model.cos.device
     for step in range(steps):
-        batches = micro_batches(step, **batch)
+        batches = [(t.to(device), y.to(device), f) for t, y, f in micro_batches(step, **batch)]
         valid = sum(int((targets != -100).sum()) for _, targets, _ in batches)
         losses.append(trainer.step(batches, valid, lr).loss.item())
     return losses

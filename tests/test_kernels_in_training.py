@@ -30,7 +30,7 @@ def curve(spec, dtype=torch.float32, steps=50, change=None, **options):
                 if p.ndim == 2:  # at the start the branches hardly count: nothing in them would show in the loss
                     p.mul_(8)
         model.refresh_compute_weights()
-        return train(trainer, steps, lr=3e-3, **BATCH)
+    return train(trainer, steps, lr=3e-3, **BATCH)
 
 
 @pytest.fixture(scope="module")
