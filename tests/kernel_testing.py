@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._dynamo import trace_rules
 
 from kernels.launch import INTERPRETED
 
@@ -69,6 +70,8 @@ def poisoned() -> Iterator[None]:
 
         return made
 
+    # Dynamo finds torch's functions by identity, in a table that it makes once: not while some are replaced.
+    trace_rules.get_torch_obj_rule_map()
     with contextlib.ExitStack() as stack:
         for name in ("empty", "empty_like"):
             stack.enter_context(mock.patch.object(torch, name, poison(getattr(torch, name))))
