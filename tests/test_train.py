@@ -150,6 +150,16 @@ def test_wsd_is_constant_and_then_linear_to_its_end(run, tmp_path):
     assert rates == pytest.approx([0.005, 0.01, *[0.01] * 6, 0.01, 0.008, 0.006, 0.004])
 
 
+def test_packed_documents_are_masked_and_their_mean_length_is_told(run, tmp_path):
+    plain = run(max_iters=3)
+    packed = run(max_iters=3, packed_documents=True, out_dir=tmp_path / "packed")
+    assert "tokens each on average" not in plain.out
+    assert re.search(r"packed documents: .* [\d,]+ documents to train on, \d+\.\d tokens each on average", packed.out)
+    losses, masked = ([line["loss"] for line in records(tmp_path / name, "step")] for name in ("out", "packed"))
+    assert losses != masked
+    assert masked == pytest.approx(losses, rel=0.05)
+
+
 def test_kernels_run_in_the_interpreter_where_it_is_asked_for(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "kernels none" in run(max_iters=2).out
