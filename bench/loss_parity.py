@@ -10,7 +10,7 @@ would be no measure: they give other data or other weights, and far greater diff
 Two stretches are held against each other: the first steps, where a small fault shows and chaos does not yet, and the whole run,
 smoothed by the mean of a twentieth of it. The bound: both the largest and the mean difference at most twice those of the nudged
 run that drifted most. Tried on a CPU, 300 steps of smoke in bfloat16: three nudged runs drifted by 0.05 to 0.09 nats, and a run
-whose norms and SwiGLU were computed in float64 by 0.07; after 20 steps it was 3e-4 to 5e-4, and 2e-4.
+whose norms were computed in float64 and whose SwiGLU was written another way by 0.07; after 20 steps it was 3e-4 to 5e-4, and 2e-4.
 
 On a CPU the kernels need TRITON_INTERPRET=1, a small preset and few steps.
 """

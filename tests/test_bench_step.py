@@ -25,13 +25,7 @@ TINY = TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_and_determinism_put_back():
-    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.set_num_threads(1)  # models so small lose time with more
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("determinism_put_back")
 
 
 @pytest.fixture
