@@ -44,6 +44,7 @@ import kernels
 from bench.build import MachineCode, Specialized, build, specialize
 from bench.measure import environment, write_json
 from kernels.launch import HAVE_TRITON, TARGETS, Launched, Target, recorded
+from kernels.rope import split_qkv
 from model.config import PRESETS
 from training.config import TrainConfig, defaults, fail
 from training.errors import UserError
@@ -87,11 +88,17 @@ def _gate_up(c: TrainConfig) -> Tensor:
     return _tensor(c.batch_size, c.max_seq_len, 2 * c.hidden_dim)
 
 
+def _packed(c: TrainConfig) -> Tensor:
+    return _tensor(c.batch_size, c.max_seq_len, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
+
+
 def _qkv(c: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Views of one packed product, as in the model."""
-    widths = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
-    packed = _tensor(c.batch_size, c.max_seq_len, sum(widths))
-    return tuple(x.unflatten(-1, (-1, c.head_dim)) for x in packed.split(widths, dim=-1))
+    return split_qkv(_packed(c), c.n_heads, c.n_kv_heads)
+
+
+def _first_key(c: TrainConfig) -> Tensor:
+    return _tensor(c.batch_size, c.max_seq_len, dtype=torch.int32)
 
 
 def _rope_tables(c: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -105,7 +112,10 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "rms_norm": lambda c: kernels.TRITON.rms_norm(_hidden(c), _norm_weight(c), c.norm_eps),
     "add_rms_norm": lambda c: kernels.TRITON.add_rms_norm(_hidden(c), _hidden(c), _norm_weight(c), c.norm_eps),
     "rope": lambda c: kernels.TRITON.rope(*_qkv(c)[:2], *_rope_tables(c)),
+    "rope_qkv": lambda c: kernels.TRITON.rope_qkv(_packed(c), *_rope_tables(c), c.n_heads, c.n_kv_heads),
     "swiglu": lambda c: kernels.TRITON.swiglu(_gate_up(c)),
+    "attention": lambda c: kernels.TRITON.attention(*_qkv(c)),
+    "packed_attention": lambda c: kernels.TRITON.attention(*_qkv(c), _first_key(c)),
 }
 
 

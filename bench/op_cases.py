@@ -101,9 +101,20 @@ def _swiglu(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
     return Case(f"{c.batch_size * c.max_seq_len} x 2 x {c.hidden_dim}", (gate_up,), 3 * half, 5 * half)
 
 
+def _attention(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
+    heads, kv_heads, width, length = c.n_heads, c.n_kv_heads, c.head_dim, c.max_seq_len
+    packed = torch.randn(c.batch_size, length, heads + 2 * kv_heads, width, dtype=dtype, device=device)
+    q, k, v = (x.detach().requires_grad_() for x in packed.split([heads, kv_heads, kv_heads], dim=2))
+    statistics = FLOAT32 * c.batch_size * length * heads
+    forward = 2 * (q.nbytes + k.nbytes) + statistics
+    backward = 6 * (q.nbytes + k.nbytes) + 4 * statistics  # of two launches: both read q, k, v, do, lse and delta
+    return Case(f"{c.batch_size} x {length} x ({heads} + 2 x {kv_heads}) x {width}", (q, k, v), forward, backward)
+
+
 CASES: dict[str, Callable[[TrainConfig, torch.dtype, torch.device], Case]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,
     "swiglu": _swiglu,
+    "attention": _attention,
 }

@@ -109,6 +109,8 @@ def implementation(op: str, variant: str) -> Callable:
     if variant == "triton":
         return getattr(kernels.TRITON, op)
     if variant == "liger":
+        if op not in liger.ops():
+            raise LookupError(f"Liger-Kernel has no {op}")
         return liger.ops()[op]
     twin = getattr(kernels.TORCH, op)
     return torch.compile(twin, fullgraph=True, dynamic=False) if variant == "compiled" else twin

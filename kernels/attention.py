@@ -40,6 +40,7 @@ from torch import Tensor
 
 from kernels.attention_backward import _attention_backward
 from kernels.attention_forward import _attention
+from kernels.grammar import attention_serves
 from kernels.launch import KERNEL_DTYPES, REFERENCE_DTYPES, check_usable
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -128,7 +129,7 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None =
     """
     _check(q, k, v, first_key, KERNEL_DTYPES)
     head_dim = q.shape[3]
-    if head_dim % 4 or not 16 <= head_dim <= 256:
+    if not attention_serves(head_dim):
         raise ValueError(f"attention: q has head dim {head_dim}, wanted a multiple of 4 from 16 to 256")
     check_usable("attention", q.device)
     return _attention(q, k, v, first_key)[0]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, Target, aligned_strides, next_power_of_2, tl, triton
+from kernels.launch import INTERPRETED, Target, next_power_of_2, tl, triton
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
@@ -40,7 +40,7 @@ TILES = {
         "sm_80": {64: Tile(64, 64, 4, 2), 96: Tile(64, 32, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
         "sm_90": {48: Tile(64, 64, 4, 2), 160: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
         "sm_100": {48: Tile(128, 32, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-        "hip": {256: Tile(64, 32, 4, 1)},
+        "hip": {32: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
         "float32": {64: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
         "interpreter": {256: Tile(64, 64, 4, 1)},
     },
@@ -54,7 +54,7 @@ TILES = {
             192: Tile(64, 64, 8, 1),
             256: Tile(32, 64, 8, 1),
         },
-        "hip": {128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+        "hip": {32: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
         "float32": {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
         "interpreter": {256: Tile(64, 64, 4, 1)},
     },
@@ -120,13 +120,6 @@ def heads_in_cache(bytes_a_head: int, n_heads: int) -> int:
 def dense_heads(*tensors: Tensor) -> list[Tensor]:
     """Each (B, T, heads, D) as it lies where its last dim is dense, else a copy."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def head_strides(**tensors: Tensor) -> dict[str, int]:
-    """NAME_stride_b, NAME_stride_t and NAME_stride_h of each (B, T, heads, D), in units of their common ALIGNMENT."""
-    return aligned_strides(
-        **{f"{name}_stride_{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bth")}
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

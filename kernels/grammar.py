@@ -13,7 +13,12 @@ OUT_SWITCHES = ("rms_norm", "linear_cross_entropy")
 SWITCHES = (*LAYER_SWITCHES, "linear_cross_entropy")
 
 # The switches that have a Triton kernel by now. tests/test_select.py holds this to what kernels.TRITON really has.
-TRITON_SWITCHES = ("rms_norm", "rope", "swiglu")
+TRITON_SWITCHES = ("rms_norm", "rope", "swiglu", "attention")
+
+
+def attention_serves(head_dim: int) -> bool:
+    """Whether the attention kernel takes this head dim; said here, where an option is checked before torch is imported."""
+    return head_dim % 4 == 0 and 16 <= head_dim <= 256
 
 
 def parse(spec: str, n_layers: int) -> list[frozenset[str]]:

@@ -14,6 +14,14 @@ Bytes for N = B · T positions in e bytes an element, forward or backward, each 
     q, k            q', k'          2 e N (H + Hkv) D       and 4 T D for the tables
 
 One launch does q and k, read where they lie: slices of a packed qkv, whose heads are dense and whose positions are not.
+
+`rope_qkv` takes the packed product itself. Its forward is the same launch, v stays where it is; its backward takes in dq', dk'
+and dv and writes the packed gradient once:
+
+    read            written         together
+    dq', dk', dv    dqkv            2 e N (H + 2 Hkv) D
+
+where autograd, of q, k and v apart, would concatenate three gradients afterwards and so read and write them all again.
 """
 
 import torch
@@ -24,11 +32,11 @@ from kernels.launch import (
     REFERENCE_DTYPES,
     Launch,
     Target,
-    aligned_strides,
     ceil_div,
     check_tensor,
     check_usable,
     device_of,
+    head_strides,
     next_power_of_2,
     register_op,
     target_of,
@@ -49,6 +57,16 @@ def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     """
     _check(q, k, cos, sin, REFERENCE_DTYPES)
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def split_qkv(qkv: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, T, H, D), keys and values (B, T, Hkv, D) in a packed qkv (B, T, (H + 2 Hkv) D), as views."""
+    if qkv.dim() != 3 or qkv.shape[-1] % (n_heads + 2 * n_kv_heads):
+        raise ValueError(
+            f"rope_qkv: qkv has shape {tuple(qkv.shape)}, wanted (B, T, (H + 2 Hkv) D) with {n_heads} heads of queries and "
+            f"{n_kv_heads} of keys"
+        )
+    return qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split((n_heads, n_kv_heads, n_kv_heads), dim=2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,21 +107,29 @@ def _rotate_tile(
     stride_h,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    OUT_HEADS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROTATE: tl.constexpr = True,
 ):
-    """Rotate BLOCK_H heads from `first_head` at [BLOCK_T, 1, 1] positions by cos and sin [BLOCK_T, 1, BLOCK_D]."""
+    """Rotate BLOCK_H heads from `first_head` at [BLOCK_T, 1, 1] positions by cos and sin [BLOCK_T, 1, BLOCK_D], or copy them.
+
+    They go where the same heads from `out_ptr` on lie among the OUT_HEADS of a position.
+    """
     HALF: tl.constexpr = WIDTH // 2
     head = first_head + tl.arange(0, BLOCK_H)[None, :, None]
     cols = tl.arange(0, BLOCK_D)[None, None, :]
     mask = (position < n_positions) & (head < HEADS) & (cols < HALF)
     low_ptr = x_ptr + (batch * stride_b + time * stride_t + head.to(tl.int64) * stride_h) * ALIGNMENT + cols
-    low = tl.load(low_ptr, mask, other=0.0).to(tl.float32)
-    high = tl.load(low_ptr + HALF, mask, other=0.0).to(tl.float32)
-    out_low_ptr = out_ptr + (position * HEADS + head) * WIDTH + cols
-    tl.store(out_low_ptr, (low * cos - high * sin).to(out_ptr.dtype.element_ty), mask)
-    tl.store(out_low_ptr + HALF, (high * cos + low * sin).to(out_ptr.dtype.element_ty), mask)
+    low = tl.load(low_ptr, mask, other=0.0)
+    high = tl.load(low_ptr + HALF, mask, other=0.0)
+    out_low_ptr = out_ptr + (position * OUT_HEADS + head) * WIDTH + cols
+    if ROTATE:
+        x, y = low.to(tl.float32), high.to(tl.float32)
+        low, high = x * cos - y * sin, y * cos + x * sin
+    tl.store(out_low_ptr, low.to(out_ptr.dtype.element_ty), mask)
+    tl.store(out_low_ptr + HALF, high.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -147,23 +173,78 @@ def _rope_kernel(
     # fmt: off
     if tile < N_Q_TILES:
         _rotate_tile(q_ptr, q_out_ptr, cos, sin, batch, time, position, n_positions, tile * BLOCK_H,
-                     q_stride_b, q_stride_t, q_stride_h, Q_HEADS, WIDTH, ALIGNMENT, BLOCK_H, BLOCK_D)
+                     q_stride_b, q_stride_t, q_stride_h, Q_HEADS, WIDTH, Q_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D)
     else:
         _rotate_tile(k_ptr, k_out_ptr, cos, sin, batch, time, position, n_positions, (tile - N_Q_TILES) * BLOCK_H,
-                     k_stride_b, k_stride_t, k_stride_h, K_HEADS, WIDTH, ALIGNMENT, BLOCK_H, BLOCK_D)
+                     k_stride_b, k_stride_t, k_stride_h, K_HEADS, WIDTH, K_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D)
+    # fmt: on
+
+
+@triton.jit
+def _rope_qkv_backward_kernel(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    cos_ptr,
+    sin_ptr,
+    dqkv_ptr,
+    n_positions,  # B · T
+    n_times,  # T
+    dq_stride_b,
+    dq_stride_t,
+    dq_stride_h,
+    dk_stride_b,
+    dk_stride_t,
+    dk_stride_h,
+    dv_stride_b,
+    dv_stride_t,
+    dv_stride_h,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # As above: the tiles of dq's heads, of dk's and of dv's follow each other.
+    N_Q_TILES: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
+    N_K_TILES: tl.constexpr = (K_HEADS + BLOCK_H - 1) // BLOCK_H
+    OUT_HEADS: tl.constexpr = Q_HEADS + 2 * K_HEADS
+    program = tl.program_id(0).to(tl.int64)
+    tile = program % (N_Q_TILES + 2 * N_K_TILES)
+    position = program // (N_Q_TILES + 2 * N_K_TILES) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    batch, time = position // n_times, position % n_times
+    cols = tl.arange(0, BLOCK_D)[None, None, :]
+    table_mask = (position < n_positions) & (cols < WIDTH // 2) & (tile < N_Q_TILES + N_K_TILES)
+    cos = tl.load(cos_ptr + time * (WIDTH // 2) + cols, table_mask, other=0.0)
+    sin = -tl.load(sin_ptr + time * (WIDTH // 2) + cols, table_mask, other=0.0)
+    # fmt: off
+    if tile < N_Q_TILES:
+        _rotate_tile(dq_ptr, dqkv_ptr, cos, sin, batch, time, position, n_positions, tile * BLOCK_H,
+                     dq_stride_b, dq_stride_t, dq_stride_h, Q_HEADS, WIDTH, OUT_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D)
+    elif tile < N_Q_TILES + N_K_TILES:
+        _rotate_tile(dk_ptr, dqkv_ptr + Q_HEADS * WIDTH, cos, sin, batch, time, position, n_positions,
+                     (tile - N_Q_TILES) * BLOCK_H,
+                     dk_stride_b, dk_stride_t, dk_stride_h, K_HEADS, WIDTH, OUT_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D)
+    else:
+        _rotate_tile(dv_ptr, dqkv_ptr + (Q_HEADS + K_HEADS) * WIDTH, cos, sin, batch, time, position, n_positions,
+                     (tile - N_Q_TILES - N_K_TILES) * BLOCK_H,
+                     dv_stride_b, dv_stride_t, dv_stride_h, K_HEADS, WIDTH, OUT_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D,
+                     ROTATE=False)
     # fmt: on
 
 
 # --------------------------------------------------------------------------------------------------------------- launch
 
 
-def rope_launch(n_positions: int, q_heads: int, k_heads: int, width: int, target: Target) -> Launch:
+def rope_launch(n_positions: int, q_heads: int, k_heads: int, width: int, target: Target, v_heads: int = 0) -> Launch:
     """Tiles of about 1024 pairs: as many heads of one position as there are (of k, if fewer), then more positions."""
     block_d = next_power_of_2(width // 2)
     heads = min(heads for heads in (q_heads, k_heads) if heads) if q_heads or k_heads else 1
     block_h = max(1, min(next_power_of_2(heads), 1024 // block_d))
     block_t = max(1, 1024 // (block_d * block_h))
-    n_tiles = ceil_div(q_heads, block_h) + ceil_div(k_heads, block_h)
+    n_tiles = ceil_div(q_heads, block_h) + ceil_div(k_heads, block_h) + ceil_div(v_heads, block_h)
     tiles = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_D": block_d}
     return Launch((ceil_div(n_positions, block_t) * n_tiles,), tiles, warps_for(block_t * block_h * block_d, 8, target))
 
@@ -190,14 +271,7 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[T
                 k_out_ptr=k_out,
                 n_positions=batch * time,
                 n_times=time,
-                **aligned_strides(
-                    q_stride_b=q.stride(0),
-                    q_stride_t=q.stride(1),
-                    q_stride_h=q.stride(2),
-                    k_stride_b=k.stride(0),
-                    k_stride_t=k.stride(1),
-                    k_stride_h=k.stride(2),
-                ),
+                **head_strides(q=q, k=k),
                 Q_HEADS=q_heads,
                 K_HEADS=k_heads,
                 WIDTH=width,
@@ -205,6 +279,39 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[T
                 **launch.options,
             )
     return q_out, k_out
+
+
+def _packed_gradient(dq, dk, dv, cos, sin):
+    batch, time, heads, width = dq.shape
+    heads += dk.shape[2] + dv.shape[2]
+    return torch.empty((batch, time, heads, width), dtype=dq.dtype, device=dq.device)
+
+
+@register_op(fake=_packed_gradient)
+def _rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dqkv = _packed_gradient(dq, dk, dv, cos, sin)
+    dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
+    batch, time, q_heads, width = dq.shape
+    q_heads, k_heads, width = int(q_heads), int(dk.shape[2]), int(width)
+    launch = rope_launch(batch * time, q_heads, k_heads, width, target_of(dq), v_heads=k_heads)
+    if batch * time:
+        with device_of(dq):
+            wrap_triton(_rope_qkv_backward_kernel)[launch.grid](
+                dq_ptr=dq,
+                dk_ptr=dk,
+                dv_ptr=dv,
+                cos_ptr=cos.contiguous(),
+                sin_ptr=sin.contiguous(),
+                dqkv_ptr=dqkv,
+                n_positions=batch * time,
+                n_times=time,
+                **head_strides(dq=dq, dk=dk, dv=dv),
+                Q_HEADS=q_heads,
+                K_HEADS=k_heads,
+                WIDTH=width,
+                **launch.options,
+            )
+    return dqkv
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
@@ -234,3 +341,27 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     _check(q, k, cos, sin, KERNEL_DTYPES)
     check_usable("rope", q.device)
     return _rope(q, k, cos, sin, False)
+
+
+class _RopeQKV(torch.autograd.Function):
+    """Of qkv as a whole, so that one gradient is written. Not an op of PyTorch's: one may not return a view of its input."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int):
+        ctx.save_for_backward(cos, sin)
+        q, k, v = split_qkv(qkv, n_heads, n_kv_heads)
+        return *_rope(q, k, cos, sin, False), v
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        return _rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors).flatten(-2), None, None, None, None
+
+
+def rope_qkv_triton(
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope_triton` of the queries and keys in a packed qkv (B, T, (H + 2 Hkv) D). Returns q', k' and the view v of it."""
+    q, k, _ = split_qkv(qkv, n_heads, n_kv_heads)
+    _check(q, k, cos, sin, KERNEL_DTYPES)
+    check_usable("rope", qkv.device)
+    return _RopeQKV.apply(qkv, cos, sin, n_heads, n_kv_heads)

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from kernels import grammar
-from kernels.attention import attention_torch
+from kernels.attention import attention_torch, attention_triton
 from kernels.linear_cross_entropy import linear_cross_entropy_torch
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
-from kernels.rope import rope_torch, rope_triton
+from kernels.rope import rope_qkv_triton, rope_torch, rope_triton, split_qkv
 from kernels.swiglu import swiglu_torch, swiglu_triton
 
 
@@ -21,6 +23,18 @@ class Ops:
     swiglu: Callable
     attention: Callable
     linear_cross_entropy: Callable
+
+    def rope_qkv(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`rope` of the queries and keys in a packed qkv (B, T, (H + 2 Hkv) D); the values come as a view of it.
+
+        Triton's has a form of its own, which writes the packed gradient once.
+        """
+        if self.rope is rope_triton:
+            return rope_qkv_triton(qkv, cos, sin, n_heads, n_kv_heads)
+        q, k, v = split_qkv(qkv, n_heads, n_kv_heads)
+        return *self.rope(q, k, cos, sin), v
 
 
 # The fields of Ops that one switch turns.
@@ -48,7 +62,7 @@ TRITON = Ops(
     add_rms_norm=add_rms_norm_triton,
     rope=rope_triton,
     swiglu=swiglu_triton,
-    attention=_missing("attention"),
+    attention=attention_triton,
     linear_cross_entropy=_missing("linear_cross_entropy"),
 )
 

@@ -28,25 +28,17 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.qkv_widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.attention_norm = nn.Parameter(torch.ones(config.dim))
-        self.wqkv = Linear(config.dim, sum(self.qkv_widths), compute_dtype)
+        self.wqkv = Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, compute_dtype)
         self.wo = Linear(config.dim, config.dim, compute_dtype)
         self.ffn_norm = nn.Parameter(torch.ones(config.dim))
         self.w_gate_up = Linear(config.dim, 2 * config.hidden_dim, compute_dtype)
         self.w_down = Linear(config.hidden_dim, config.dim, compute_dtype)
 
-    def qkv(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, D), keys and values (B, T, Hkv, D): views of one packed product of y (B, T, dim)."""
-        # split, not slices: the backward of a split writes the packed gradient once
-        q, k, v = self.wqkv(y).split(self.qkv_widths, dim=-1)
-        return tuple(x.view(*x.shape[:-1], -1, self.head_dim) for x in (q, k, v))
-
     def attend(self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None) -> Tensor:
         """The attention branch, (B, T, dim) -> (B, T, dim)."""
-        q, k, v = self.qkv(y)
-        q, k = ops.rope(q, k, cos, sin)
+        q, k, v = ops.rope_qkv(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads)
         return self.wo(ops.attention(q, k, v, first_key).flatten(-2))
 
     def feed_forward(self, ops: Ops, y: Tensor) -> Tensor:
@@ -79,6 +71,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config, compute_dtype) for _ in range(config.n_layers))
         self.final_norm = nn.Parameter(torch.ones(config.dim))
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        head_copy = None if compute_dtype == torch.float32 else torch.empty_like(self.head_weight, dtype=compute_dtype)
+        self.register_buffer("head_compute_weight", head_copy, persistent=False)
         cos, sin = rope_tables(config)
         device = self.embedding.device  # the meta device included, where a 405B model is counted
         self.register_buffer("cos", cos.to(device), persistent=False)
@@ -98,17 +92,27 @@ class Llama(nn.Module):
                 )
         self.refresh_compute_weights()
 
+    def compute_copies(self) -> dict[str, Tensor]:
+        """The compute-dtype copies by the name of the parameter that each is of; none in float32."""
+        if self.compute_dtype == torch.float32:
+            return {}
+        maps = {f"{name}.weight": m.compute_weight for name, m in self.named_modules() if isinstance(m, Linear)}
+        return maps | {"embedding" if self.head is None else "head": self.head_compute_weight}
+
+    def set_compute_copies(self, copies: dict[str, Tensor]) -> None:
+        """Let each copy live where these tensors are, under the names of `compute_copies`."""
+        for name, copy in copies.items():
+            if name in ("embedding", "head"):
+                self.head_compute_weight = copy
+            else:
+                self.get_submodule(name.removesuffix(".weight")).compute_weight = copy
+
     @torch.no_grad()
     def refresh_compute_weights(self) -> None:
         """Write the compute-dtype copies from the parameters, in place: their storage never moves."""
-        pairs = [
-            (m.compute_weight, m.weight)
-            for m in self.modules()
-            if isinstance(m, Linear) and m.compute_weight is not None
-        ]
-        if pairs:
-            copies, weights = zip(*pairs, strict=True)
-            torch._foreach_copy_(list(copies), list(weights))
+        copies = self.compute_copies()
+        if copies:
+            torch._foreach_copy_(list(copies.values()), [self.get_parameter(name) for name in copies])
 
     @property
     def head_weight(self) -> Tensor:
@@ -126,7 +130,7 @@ class Llama(nn.Module):
         """
         hidden = self.hidden(tokens, first_key)
         if targets is None:
-            return linear(hidden, self.head_weight, self._head_copy()).float()
+            return linear(hidden, self.head_weight, self.head_compute_weight).float()
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"Llama: targets has shape {tuple(targets.shape)}, tokens has {tuple(tokens.shape)}; they must be equal"
@@ -155,7 +159,3 @@ class Llama(nn.Module):
 
     def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
-
-    def _head_copy(self) -> Tensor | None:
-        """The head in the compute dtype, for logits outside training; a step's loss head casts the float32 weight itself."""
-        return None if self.compute_dtype == torch.float32 else self.head_weight.detach().to(self.compute_dtype)

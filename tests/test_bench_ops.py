@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,21 @@ def test_bytes_by_hand():
     }
 
 
+def test_bytes_of_attention_by_hand():
+    # 12 tokens, 4 query heads and 2 of keys of 8, two bytes each; the statistics are float32, one a token and head. The backward
+    # has two launches: q, k, v, do are read by both, o by one; dq, dk, dv are written once.
+    q, k, statistics = 12 * 4 * 8 * 2, 12 * 2 * 8 * 2, 12 * 4 * 4
+    case = CASES["attention"](SMALL, torch.bfloat16, META)
+    assert case.forward_bytes == 2 * q + 2 * k + statistics
+    assert case.backward_bytes == (2 * 2 + 1 + 1) * q + (2 * 2 + 2) * k + 4 * statistics
+
+
+def test_a_peer_without_the_op_is_named(monkeypatch):
+    monkeypatch.setattr(liger, "ops", dict)
+    with pytest.raises(LookupError, match="Liger-Kernel has no attention"):
+        implementation("attention", "liger")
+
+
 def test_every_size_is_a_case_of_every_op():
     shapes = {name: [CASES[op](size(name), torch.bfloat16, META).shape for op in OPS] for name in SIZES}
     assert shapes["reference"][:2] == ["32768 x 288"] * 2
@@ -103,7 +119,7 @@ def test_liger_computes_the_same(op):
 
 def check_same(op, variant, tolerance):
     torch.manual_seed(0)
-    case = CASES[op](SMALL, torch.float32, DEVICE)
+    case = CASES[op](replace(SMALL, n_heads=2, n_kv_heads=1), torch.float32, DEVICE)  # heads of 16, attention's least
     arguments = case.liger_arguments if variant == "liger" and case.liger_arguments else case.arguments
     wanted = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
     expected = outputs_of(implementation(op, "eager")(*case.arguments))

@@ -400,8 +400,36 @@ def test_kernels_without_a_gpu_name_the_two_ways_on(words, device, monkeypatch):
     assert parse([*words.split(), f"--device={device}"]).uses_triton()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "--optimizer fused-adamw runs Triton kernels"),
+        ("--fused --kernels=none", "--optimizer fused-adamw runs Triton kernels"),
+        ("--fused", "--fused and --optimizer fused-adamw run Triton kernels"),
+        ("--kernels=swiglu", "--kernels swiglu and --optimizer fused-adamw run Triton kernels"),
+    ],
+)
+def test_the_fused_optimizer_without_a_gpu_is_refused_by_its_name(words, message, monkeypatch):
+    words = [*words.split(), "--optimizer=fused-adamw"]
+    assert error(*words).startswith(message)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert parse(words).uses_triton()
+
+
 def test_a_selection_that_comes_to_nothing_needs_no_gpu():
     assert not parse(["--fused", "--kernels=none"]).uses_triton()
+
+
+@pytest.mark.parametrize(("dim", "heads", "width"), [(8, 1, 8), (72, 4, 18), (520, 2, 260)])
+def test_a_head_dim_that_the_attention_kernel_lacks_is_refused_before_the_run(dim, heads, width, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    shape = [f"--dim={dim}", f"--n-heads={heads}", "--n-kv-heads=1"]
+    found = error(*shape, "--fused")
+    assert f"--dim {dim} over --n-heads {heads} makes heads of {width}" in found
+    assert "multiples of 4 from 16 to 256" in found
+    assert "-attention" in found
+    assert parse([*shape, "--fused", "--kernels=-attention"]).head_dim == width
+    assert parse(shape).head_dim == width
 
 
 @pytest.mark.parametrize("value", ["0", "", "false", "2"])

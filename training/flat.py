@@ -1,0 +1,60 @@
+"""A model's parameters in one buffer, their gradients in another, the compute-dtype copies in a third.
+
+What goes over all of them is then one pass over flat memory: the norm, the sum over processes, the update, the zeroing. And
+nothing moves between steps, so that a captured CUDA graph finds everything where it was.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from model import Llama
+
+ALIGNMENT = 64
+"""Elements. Every parameter and every copy starts at a multiple of it: 128 bytes in half precision."""
+
+
+class FlatParameters:
+    """Moves the model's parameters into flat buffers; each parameter, gradient and copy becomes a view of its place there.
+
+    The order: matrices that have a copy in the compute dtype, other matrices, vectors. So the copies are `values[: C]` rounded,
+    element by element, and what weight decay acts on comes first. Gaps between parameters hold zeros and stay so.
+
+    Attributes:
+        values: (N,) float32, the parameters.
+        gradients: (N,) float32, zeros at first; backward passes add to it.
+        copies: (C,) of the compute dtype; None in float32, where there are none.
+        n_decayed: the first n_decayed elements belong to matrices, the others to vectors.
+        starts: where each parameter begins, by its name.
+    """
+
+    def __init__(self, model: Llama):
+        self.model = model
+        copies = model.compute_copies()
+        named = sorted(model.named_parameters(), key=lambda item: (item[0] not in copies, item[1].ndim < 2))
+        self.starts: dict[str, int] = {}
+        size = n_copied = self.n_decayed = 0
+        for name, parameter in named:
+            self.starts[name] = size
+            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            n_copied = size if name in copies else n_copied
+            self.n_decayed = size if parameter.ndim >= 2 else self.n_decayed
+        like = named[0][1]
+        self.values = torch.zeros(size, dtype=like.dtype, device=like.device)
+        self.gradients = torch.zeros_like(self.values)
+        self.copies = None
+        if copies:
+            self.copies = torch.zeros(n_copied, dtype=model.compute_dtype, device=like.device)
+        with torch.no_grad():
+            for name, parameter in named:
+                self.view(self.values, name).copy_(parameter)
+                parameter.data = self.view(self.values, name)
+                parameter.grad = self.view(self.gradients, name)
+            model.set_compute_copies({name: self.view(self.copies, name) for name in copies})
+        model.refresh_compute_weights()
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """The place of a parameter in a buffer laid out as `values` is, in the parameter's shape."""
+        shape = self.model.get_parameter(name).shape
+        return buffer[self.starts[name] :][: prod(shape)].view(shape)
