@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,8 +26,6 @@ def train(config: TrainConfig) -> None:
     Raises UserError for what is wrong with the data, the device or the checkpoint, and SystemExit with status 1 where
     training broke down: `max_skipped_steps` steps in a row were not finite. The state before them is saved.
     """
-    import torch
-
     import kernels
     from model import Llama, flops
     from training import distributed, hardware, profiling, state
@@ -35,6 +34,7 @@ def train(config: TrainConfig) -> None:
     from training.evaluation import Evaluation
     from training.metrics import Metrics, StepRecord
     from training.plot import draw_loss_curve
+    from training.readback import Readback, lag
     from training.schedule import learning_rate
     from training.shards import prepare
     from training.step import Trainer
@@ -143,58 +143,75 @@ def train(config: TrainConfig) -> None:
         if best or (config.always_save_checkpoint and progress.step != saved_step):
             save(best)
 
-    # ---- the loop
+    # ---- the loop; a GPU's figures are read one step late, so that it never waits for a line to be printed
     flops_per_token = flops.flops_per_token(config)
+    under_way: deque[tuple[int, float, Readback]] = deque()
     broke_down = ""
+    clock = time.perf_counter()
+
+    def finish(left: int) -> None:
+        """Report the steps under way, oldest first, until so many are left."""
+        nonlocal broke_down, clock
+        while len(under_way) > left:
+            step, lr, readback = under_way.popleft()
+            loss, grad_norm, skipped = readback.wait()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            if world.is_main:
+                rate = tokens_per_step / seconds
+                metrics.step(
+                    StepRecord(
+                        step=step,
+                        loss=loss,
+                        lr=lr,
+                        ms=1000 * seconds,
+                        mfu=hardware.mfu(flops_per_token, rate / world.size, device_name, dtype_name),
+                        tflops=flops_per_token * rate / world.size / 1e12,
+                        tokens_per_second=rate,
+                        grad_norm=grad_norm,
+                        peak_memory=hardware.peak_memory_bytes(device),
+                        skipped=skipped,
+                    )
+                )
+            progress.skipped += int(skipped)
+            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+            if progress.skipped_in_a_row >= config.max_skipped_steps and not broke_down:
+                broke_down = (
+                    f"step {step}: the loss or the gradient was not finite {progress.skipped_in_a_row} steps in a row "
+                    f"(--max-skipped-steps); loss {loss}, gradient norm {grad_norm}. Saved with the parameters before "
+                    "them; try a lower --learning-rate, or bisect with --kernels"
+                )
+
     steps = prefetch(load, progress.step, config.max_iters, device=device)
     try:
         with StopSignal() as stop, contextlib.closing(steps), profiler:
             while True:
                 if config.eval_only or progress.step % config.eval_interval == 0 or progress.step == config.max_iters:
+                    finish(0)
+                    if broke_down:
+                        break
                     evaluate()
+                    clock = time.perf_counter()
                 if config.eval_only or progress.step == config.max_iters:
                     break
-                start = time.perf_counter()
                 parts, valid = next(steps)
                 lr = learning_rate(config, progress.step)
                 if config.dropout:
                     seed_step(config.seed, progress.step, world.rank)
-                result = trainer.step(parts, world.total(valid, device), lr)
-                loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, result.skipped]).tolist()
-                seconds = time.perf_counter() - start
-                if world.is_main:
-                    rate = tokens_per_step / seconds
-                    metrics.step(
-                        StepRecord(
-                            step=progress.step,
-                            loss=loss,
-                            lr=lr,
-                            ms=1000 * seconds,
-                            mfu=hardware.mfu(flops_per_token, rate / world.size, device_name, dtype_name),
-                            tflops=flops_per_token * rate / world.size / 1e12,
-                            tokens_per_second=rate,
-                            grad_norm=grad_norm,
-                            peak_memory=hardware.peak_memory_bytes(device),
-                            skipped=bool(skipped),
-                        )
-                    )
+                under_way.append((progress.step, lr, Readback(trainer.step(parts, world.total(valid, device), lr))))
+                progress.step += 1
+                finish(lag(device))
                 if config.profile and world.is_main:
                     profiler.step()
-                progress.step += 1
-                progress.skipped += int(skipped)
-                progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
-                if progress.skipped_in_a_row >= config.max_skipped_steps:
-                    broke_down = (
-                        f"step {progress.step - 1}: the loss or the gradient was not finite {progress.skipped_in_a_row} steps "
-                        f"in a row (--max-skipped-steps); loss {loss}, gradient norm {grad_norm}. Saved with the "
-                        "parameters before them; try a lower --learning-rate, or bisect with --kernels"
-                    )
-                    progress.skipped_in_a_row = 0  # a resumed run may skip as many again
+                if broke_down:
                     break
                 if world.any(stop.asked, device):
+                    finish(0)
                     if world.is_main:
                         metrics.note(f"stopping after step {progress.step - 1}, as asked")
                     break
+            finish(0)
+            if broke_down:
+                progress.skipped_in_a_row = 0  # a resumed run may skip as many again
             if progress.step != saved_step:
                 save(best=False)
     finally:

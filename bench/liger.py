@@ -2,7 +2,7 @@
 
 https://github.com/linkedin/Liger-Kernel, 0.8.5 or newer. Each is called with the defaults that Liger itself calls it with
 in a Llama; some of them write into what they are given: rope into dense q and k and into the upstream gradients,
-rms_norm into the upstream gradient.
+rms_norm into the upstream gradient, the loss head into the gradients that it saved.
 """
 
 import importlib.util
@@ -21,6 +21,7 @@ def ops() -> dict[str, Callable]:
     from liger_kernel.ops import (
         LigerFusedAddRMSNormFunction,
         LigerFusedGateUpSiLUMulFunction,
+        LigerFusedLinearCrossEntropyFunction,
         LigerRMSNormFunction,
         LigerRopeFunction,
     )
@@ -39,4 +40,25 @@ def ops() -> dict[str, Callable]:
         rows = gate_up.flatten(0, -2)  # of more dimensions it returns a gradient of another shape
         return LigerFusedGateUpSiLUMulFunction.apply(rows).unflatten(0, gate_up.shape[:-1])
 
-    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": rope, "swiglu": swiglu}
+    def linear_cross_entropy(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        compute_weight: Tensor | None = None,
+    ) -> Tensor:
+        weight = weight.to(hidden.dtype)  # it multiplies one dtype; the gradient goes back through the cast
+        # bias and class weights: none; z-loss and label smoothing: 0
+        loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight, targets, None, None, ignore_index, 0.0, 0.0, reduction
+        )
+        return loss
+
+    return {
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "rope": rope,
+        "swiglu": swiglu,
+        "linear_cross_entropy": linear_cross_entropy,
+    }

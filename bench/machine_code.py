@@ -45,9 +45,12 @@ from bench.build import MachineCode, Specialized, build, specialize
 from bench.measure import environment, write_json
 from kernels.launch import HAVE_TRITON, TARGETS, Launched, Target, recorded
 from kernels.rope import split_qkv
+from model import Llama
 from model.config import PRESETS
 from training.config import TrainConfig, defaults, fail
 from training.errors import UserError
+from training.flat import FlatParameters
+from training.optimizer import FusedAdamW
 
 WIDE = 16
 """Bytes of the widest access that every architecture here has."""
@@ -106,6 +109,21 @@ def _rope_tables(c: TrainConfig) -> tuple[Tensor, Tensor]:
     return table, table.clone()
 
 
+def _head(c: TrainConfig) -> Tensor:
+    return _tensor(c.vocab_size, c.dim, dtype=torch.float32)
+
+
+def _targets(c: TrainConfig) -> Tensor:
+    return _tensor(c.batch_size * c.max_seq_len, dtype=torch.int64)
+
+
+def _update(c: TrainConfig) -> tuple:
+    with torch.device("meta"):
+        model = Llama(c.shape(), kernels.select("none", c.n_layers), torch.bfloat16)
+        FusedAdamW(FlatParameters(model), c).update(factor=torch.empty(()), skip=torch.empty(()))
+    return ()
+
+
 # What to run for a preset: the public op, on tensors as the model passes them. The backward pass of what it returns is
 # run too, where that has one.
 CASES: dict[str, Callable[[TrainConfig], Any]] = {
@@ -116,6 +134,10 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "swiglu": lambda c: kernels.TRITON.swiglu(_gate_up(c)),
     "attention": lambda c: kernels.TRITON.attention(*_qkv(c)),
     "packed_attention": lambda c: kernels.TRITON.attention(*_qkv(c), _first_key(c)),
+    "linear_cross_entropy": lambda c: kernels.TRITON.linear_cross_entropy(
+        _hidden(c).flatten(0, 1), _head(c), _targets(c), compute_weight=_head(c).bfloat16()
+    ),
+    "adamw": _update,
 }
 
 

@@ -76,15 +76,17 @@ class ReferenceLlama(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
 
 
-class ReferenceStep:
-    """Forward, backward, clip and AdamW as the reference's loop does them."""
+class AutocastStep:
+    """Forward, backward, clip and AdamW of any model as the reference's loop does them, under autocast in half precision.
 
-    def __init__(self, config: LlamaConfig, device: torch.device, dtype: torch.dtype, compiled: bool):
-        with device:
-            self.model = ReferenceLlama(config)
-        self.loss = torch.compile(self.model) if compiled else self.model
-        decay = [p for p in self.model.parameters() if p.ndim >= 2]
-        other = [p for p in self.model.parameters() if p.ndim < 2]
+    model: from (B, T) tokens and (B, T) targets to their mean loss.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool = False):
+        self.model = model
+        self.loss = torch.compile(model) if compiled else model
+        decay = [p for p in model.parameters() if p.ndim >= 2]
+        other = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
         half = dtype != torch.float32

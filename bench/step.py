@@ -1,8 +1,8 @@
 """ms/step, tokens/s, MFU and peak memory of a whole training step: `python -m bench.step --preset reference`.
 
-Variants: `reference` (the loop this project started from) and `reference-compiled`; `plain` (the torch twins, eager), `compiled`
-(the torch twins under torch.compile) and `fused` (the Triton kernels, compiled). Small models are timed in turn in one process,
-large ones one after another. Time includes the update and the reading of the loss; the batch is ready beforehand.
+Variants: plain, compiled, fused, Liger-Kernel's ops, transformers' Llama, each kernel alone; `bench/step_variants.py` lists
+them. Small models are timed in turn in one process, large ones one after another. Time includes the update and the reading of the
+loss; the batch is ready beforehand. `--compare BEFORE.json AFTER.json` only prints what changed between two.
 """
 
 import gc
@@ -15,21 +15,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import kernels
-from bench import command
+from bench import command, step_compare
 from bench.measure import Timing, environment, time_in_turn, write_json
-from bench.reference_loop import ReferenceStep
-from model import Llama, flops
+from bench.step_variants import PEERS, PER_OP, VARIANTS, make_step, why_absent
+from model import flops
 from training import hardware
 from training.config import TrainConfig, defaults
 from training.device import memory_name, resolve_device, resolve_dtype, set_determinism
-from training.distributed import World
 from training.errors import UserError
-from training.step import Trainer
 
-Variant = Literal["reference", "reference-compiled", "plain", "compiled", "fused"]
 # Above this, models are not held side by side: parameters, gradients and moments are 16 bytes a parameter each time.
 SIDE_BY_SIDE = 200_000_000
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(kw_only=True)
@@ -38,8 +35,10 @@ class StepBench:
 
     preset: str = "reference"
     """Shape and batch, as in train.py."""
-    variants: list[Variant] = field(default_factory=list)
-    """What to time; empty: plain and compiled, and fused where there is a GPU."""
+    variants: list[str] = field(default_factory=list)
+    """What to time, of bench/step_variants.py; empty: plain and compiled, and where there is a GPU fused and Liger's."""
+    per_op: bool = False
+    """Also each kernel alone on and each alone off."""
     batch_size: int = 0
     """Sequences in a micro-step; 0: the preset's."""
     micro_steps: int = 0
@@ -56,10 +55,17 @@ class StepBench:
     """Deterministic algorithms, as in train.py."""
     json: str = ""
     """File to write the result to; it grows as variants are done."""
+    compare: tuple[str, str] | None = None
+    """Two results to compare, the earlier one first; nothing is measured."""
 
 
 def measure(options: StepBench, console: Console) -> dict:
-    """Time the variants, print a table and return (and write, where asked) the result."""
+    """Time the variants, print a table and return (and write, where asked) the result.
+
+    Exit status 1, after the table, where a variant of this project failed.
+    """
+    if options.compare:
+        return step_compare.show(*options.compare, console)
     command.check_at_least(options, batch_size=0, micro_steps=0, repeats=1, warmup=0)
     command.check_writable(options.json)
     config = defaults(options.preset)
@@ -74,11 +80,13 @@ def measure(options: StepBench, console: Console) -> dict:
     set_determinism(options.deterministic)
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
-    variants = list(dict.fromkeys(options.variants))
+    variants = list(options.variants)
     if not variants:
-        variants = ["plain", "compiled"] + (["fused"] if device.type == "cuda" else [])
-    if "fused" in variants and device.type != "cuda":
-        raise UserError(f"--variants fused needs a GPU, and the device is {device}; allowed here: all others")
+        variants = ["plain", "compiled"] + (["fused", "liger"] if device.type == "cuda" else [])
+    variants = list(dict.fromkeys([*variants, *(PER_OP if options.per_op else ())]))
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"--variants is {variant!r}; allowed: {', '.join(VARIANTS)}")
     if device.type != "cuda":
         console.print("no GPU here: the CPU is timed, MFU is n/a, and nothing of this says how fast a GPU is")
 
@@ -100,6 +108,10 @@ def measure(options: StepBench, console: Console) -> dict:
         torch.compiler.reset()  # compiled code holds on to the models it was compiled for
         _release(device)
     console.print(table(result))
+    excused = {OUT_OF_MEMORY, *(why_absent(variant, device) for variant in variants)}
+    ours = [row for row in result["rows"] if row["variant"] not in PEERS]
+    if any(row.get("failed", OUT_OF_MEMORY) not in excused for row in ours):
+        raise SystemExit(1)
     return result
 
 
@@ -120,11 +132,16 @@ def _time_group(
     costs: dict[str, dict] = {}
     with console.status("") as status:
         for variant in variants:
+            if reason := why_absent(variant, device):
+                costs[variant] = {"failed": reason}
+                continue
             status.update(f"{variant}: the first steps")
             try:
                 calls[variant], costs[variant] = _first_steps(variant, config, device, dtype, micro_batches)
             except torch.OutOfMemoryError:
-                costs[variant] = {"failed": "out of memory"}
+                costs[variant] = {"failed": OUT_OF_MEMORY}
+            except Exception as error:  # a peer's or a kernel's: the others are measured none the less
+                costs[variant] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             if variant not in calls:
                 _release(device)
         timings = time_in_turn(calls, repeats=options.repeats, warmup=options.warmup, progress=status.update)
@@ -154,23 +171,6 @@ def _first_steps(
     step()
     peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
     return step, {"seconds_to_first_step": seconds, "peak_memory": peak}
-
-
-def make_step(
-    variant: str, config: TrainConfig, device: torch.device, dtype: torch.dtype, micro_batches: list[tuple]
-) -> Callable[[], float]:
-    """A step of a fresh model on always the same batch, which returns its loss."""
-    torch.manual_seed(config.seed)
-    if variant.startswith("reference"):
-        step = ReferenceStep(config.shape(), device, dtype, compiled=variant.endswith("compiled"))
-        return lambda: step(micro_batches)
-    spec = "all" if variant == "fused" else "none"
-    with device:
-        model = Llama(config.shape(), kernels.select(spec, config.n_layers), dtype)
-    trainer = Trainer(model, replace(config, compile=variant != "plain"), World())
-    valid = sum(targets.numel() for _, targets in micro_batches)
-    batches = [(tokens, targets, None) for tokens, targets in micro_batches]
-    return lambda: trainer.step(batches, valid, config.learning_rate).loss.item()
 
 
 def figures(timing: Timing, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> dict:

@@ -13,7 +13,7 @@ OUT_SWITCHES = ("rms_norm", "linear_cross_entropy")
 SWITCHES = (*LAYER_SWITCHES, "linear_cross_entropy")
 
 # The switches that have a Triton kernel by now. tests/test_select.py holds this to what kernels.TRITON really has.
-TRITON_SWITCHES = ("rms_norm", "rope", "swiglu", "attention")
+TRITON_SWITCHES = ("rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy")
 
 
 def attention_serves(head_dim: int) -> bool:

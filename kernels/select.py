@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import grammar
 from kernels.attention import attention_torch, attention_triton
-from kernels.linear_cross_entropy import linear_cross_entropy_torch
+from kernels.linear_cross_entropy import linear_cross_entropy_torch, linear_cross_entropy_triton
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
 from kernels.rope import rope_qkv_triton, rope_torch, rope_triton, split_qkv
 from kernels.swiglu import swiglu_torch, swiglu_triton
@@ -41,13 +41,6 @@ class Ops:
 FIELDS = {switch: (switch,) for switch in grammar.SWITCHES} | {"rms_norm": ("rms_norm", "add_rms_norm")}
 
 
-def _missing(op: str) -> Callable:
-    def no_kernel_yet(*args, **kwargs):
-        raise NotImplementedError(f"kernels.TRITON.{op}: there is no Triton kernel yet; use kernels.TORCH.{op}")
-
-    return no_kernel_yet
-
-
 TORCH = Ops(
     rms_norm=rms_norm_torch,
     add_rms_norm=add_rms_norm_torch,
@@ -63,7 +56,7 @@ TRITON = Ops(
     rope=rope_triton,
     swiglu=swiglu_triton,
     attention=attention_triton,
-    linear_cross_entropy=_missing("linear_cross_entropy"),
+    linear_cross_entropy=linear_cross_entropy_triton,
 )
 
 

@@ -40,48 +40,56 @@ class Cost:
     flops: int
     bytes: int
     """Device memory read and written, each tensor once an operation that touches it."""
+    part: str = ""
+    """Which of the op's kernels, where they are told apart."""
 
 
 def step_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2) -> list[Cost]:
-    """The floor of a step, op by op, if each op reads its inputs and writes its outputs once.
+    """The floor of a step, op by op: `kernel_costs` summed."""
+    parts = kernel_costs(config, micro_batch, micro_steps, activation_bytes)
+    by_op = {op: [cost for cost in parts if cost.op == op] for op in dict.fromkeys(cost.op for cost in parts)}
+    return [Cost(op, sum(c.flops for c in costs), sum(c.bytes for c in costs)) for op, costs in by_op.items()]
+
+
+def kernel_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2) -> list[Cost]:
+    """The floor of a step if each op reads its inputs and writes its outputs once, each matrix product by itself.
 
     micro_batch: sequences; micro_steps: accumulated; activation_bytes: 2 for half precision, 4 for float32.
     Per op and micro-step, with M tokens and a = activation_bytes (forward + backward):
-      embedding  gather: read and write M dim; backward: read M dim a, accumulate into the float32 gradient
+      embedding  gather: read and write M dim; backward: read M dim a, add to the rows of the float32 gradient
       linear     x, W, y forward; dy, W, dx and dy, x, dW (float32, accumulated: read and written) backward
       rms_norm   first: x, y | dy, x, dx;  add + norm: branch, residual, y, sum | dy, dsum, sum, dx (one gradient for both)
       rope       q, k read and written, forward and backward
       swiglu     2F read, F written | F and 2F read, 2F written
       attention  q, k, v, o | q, k, v, o, do, dq, dk, dv, and the float32 log-sum-exp written and read
-      loss head  hidden, W | dhidden, dW; a chunk's logits are written, read and rewritten as their gradient, and read twice
+      loss head  a linear map, and between its products each chunk's logits are read and rewritten as their gradient
       optimizer  p, g, m, v read, p, m, v written, and in half precision the copy of the matrices, once a step
     """
     a = activation_bytes
     tokens = micro_batch * config.max_seq_len
     dim, ffn, layers, vocab = config.dim, config.hidden_dim, config.n_layers, config.vocab_size
     q, kv = config.dim, config.n_kv_heads * config.head_dim
-    head = vocab * dim
 
-    def gemm(inputs: int, outputs: int) -> int:
-        forward = tokens * (inputs + outputs) * a + inputs * outputs * a
-        gradient_of_input = forward
-        gradient_of_weight = tokens * (inputs + outputs) * a + 2 * inputs * outputs * FLOAT32
-        return forward + gradient_of_input + gradient_of_weight
+    def products(op: str, part: str, inputs: int, outputs: int, times: int) -> list[Cost]:
+        flops = times * 2 * tokens * inputs * outputs
+        activations, weight = tokens * (inputs + outputs) * a, inputs * outputs
+        forward = Cost(op, flops, times * (activations + weight * a), part)
+        gradient_of_weight = Cost(op, flops, times * (activations + 2 * weight * FLOAT32), part)
+        return [forward, forward, gradient_of_weight]  # the gradient of the input moves what the forward moves
 
-    linears = [(dim, q + 2 * kv), (q, dim), (dim, 2 * ffn), (ffn, dim)]
-    weights = sum(i * o for i, o in linears)
+    linears = {"wqkv": (dim, q + 2 * kv), "wo": (q, dim), "w_gate_up": (dim, 2 * ffn), "w_down": (ffn, dim)}
     norms = 2 * layers * tokens * dim * (4 + 4) * a + tokens * dim * (2 + 3) * a
     attention = tokens * ((2 * q + 2 * kv) + (4 * q + 4 * kv)) * a + 2 * tokens * config.n_heads * FLOAT32
-    loss_head = tokens * dim * 4 * a + 2 * head * a + 2 * head * FLOAT32 + tokens * vocab * 5 * a
     micro_step = [
-        Cost("embedding", 0, tokens * dim * 3 * a + 2 * tokens * dim * FLOAT32),
-        Cost("linear", 6 * tokens * layers * weights, layers * sum(gemm(i, o) for i, o in linears)),
+        Cost("embedding", 0, tokens * dim * 3 * a + 2 * min(tokens, vocab) * dim * FLOAT32),
+        *(cost for name, shape in linears.items() for cost in products("linear", name, *shape, layers)),
         Cost("rms_norm", 0, norms),
         Cost("rope", 0, layers * tokens * (q + kv) * 4 * a),
         Cost("swiglu", 0, layers * tokens * ffn * (3 + 5) * a),
         Cost("attention", 12 * layers * tokens * q * config.max_seq_len, layers * attention),
-        Cost("linear_cross_entropy", 6 * tokens * head, loss_head),
+        *products("linear_cross_entropy", "products", dim, vocab, 1),
+        Cost("linear_cross_entropy", 0, tokens * vocab * 2 * a, "softmax"),
     ]
-    copies = layers * weights * a if a < FLOAT32 else 0
+    copies = sum(layers * i * o * a for i, o in linears.values()) if a < FLOAT32 else 0
     update = Cost("optimizer", 0, 7 * parameters(config) * FLOAT32 + copies)
-    return [Cost(c.op, c.flops * micro_steps, c.bytes * micro_steps) for c in micro_step] + [update]
+    return [Cost(c.op, c.flops * micro_steps, c.bytes * micro_steps, c.part) for c in micro_step] + [update]

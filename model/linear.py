@@ -50,6 +50,6 @@ class _MixedLinear(torch.autograd.Function):
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dy^T x (out, in) in float32 from half-precision dy (M, out) and x (M, in)."""
-    if dy.is_cuda:  # only cuBLAS writes float32 from half-precision operands
+    if dy.device.type != "cpu":  # only cuBLAS writes float32 from half-precision operands
         return torch.mm(dy.T, x, out_dtype=torch.float32)
     return dy.T.float() @ x.float()

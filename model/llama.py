@@ -136,7 +136,8 @@ class Llama(nn.Module):
                 f"Llama: targets has shape {tuple(targets.shape)}, tokens has {tuple(tokens.shape)}; they must be equal"
             )
         loss_head = self.ops[-1].linear_cross_entropy
-        return loss_head(hidden.flatten(0, 1), self.head_weight, targets.flatten(), reduction=reduction)
+        copy = {} if self.head_compute_weight is None else {"compute_weight": self.head_compute_weight}
+        return loss_head(hidden.flatten(0, 1), self.head_weight, targets.flatten(), reduction=reduction, **copy)
 
     def hidden(self, tokens: Tensor, first_key: Tensor | None = None) -> Tensor:
         """The final norm's output (B, T, dim), which the output head reads."""

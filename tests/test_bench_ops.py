@@ -75,6 +75,16 @@ def test_bytes_of_attention_by_hand():
     assert case.backward_bytes == (2 * 2 + 1 + 1) * q + (2 * 2 + 2) * k + 4 * statistics
 
 
+def test_bytes_of_the_loss_head_by_hand(monkeypatch):
+    # 12 tokens in chunks of 8, width 32, 256 tokens in the vocabulary. Each of two chunks reads its hidden states and the whole
+    # weight twice; logits are written, read twice, written over and read twice; the second chunk also reads the weight's gradient.
+    monkeypatch.setattr("bench.op_cases.chunk_rows", lambda n_rows, vocab_size, element_size: 8)
+    hidden, weight, logits = 12 * 32, 256 * 32, 12 * 256
+    case = CASES["linear_cross_entropy"](replace(SMALL, vocab_size=256), torch.bfloat16, META)
+    assert case.forward_bytes == 2 * (2 * hidden + 4 * weight + 6 * logits) + 4 * (hidden + 3 * weight)
+    assert case.backward_bytes == (4 + 2) * hidden + (4 + 4) * weight
+
+
 def test_a_peer_without_the_op_is_named(monkeypatch):
     monkeypatch.setattr(liger, "ops", dict)
     with pytest.raises(LookupError, match="Liger-Kernel has no attention"):

@@ -1,14 +1,17 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-import kernels
 from bench import step
-from bench.measure import Timing
-from bench.step import StepBench, make_step, measure
+from bench.measure import Timing, version
+from bench.step import StepBench, measure
+from bench.step_variants import PER_OP, VARIANTS, make_step, selection, why_absent
+from kernels import grammar
+from model import flops
 from training.config import TrainConfig
 from training.errors import UserError
 
@@ -53,15 +56,46 @@ def test_every_variant_trains(tiny, variant):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_variants_get_the_kernels_and_the_compilation_that_they_are_named_for(monkeypatch):
-    specs, compiled = [], []
-    select = kernels.select
-    monkeypatch.setattr(kernels, "select", lambda spec, n: specs.append(spec) or select("none", n))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)
-    for variant in ("plain", "compiled", "fused"):
-        make_step(variant, TINY, CPU, torch.float32, batch())
-    assert specs == ["none", "none", "all"]
-    assert len(compiled) == 2
+def options(variant):
+    config = replace(TINY, **selection(variant))
+    switches = set().union(*grammar.parse(config.kernel_spec, config.n_layers))
+    return switches, config.optimizer, config.compile, config.capture
+
+
+def test_variants_get_the_kernels_the_compilation_and_the_capture_that_they_are_named_for():
+    every = set(grammar.TRITON_SWITCHES)
+    assert options("plain")[:3] == options("liger")[:3] == (set(), "adamw", False)
+    assert options("compiled")[:3] == options("liger-compiled")[:3] == (set(), "adamw", True)
+    assert options("fused") == (every, "fused-adamw", True, True)
+    assert options("fused-uncaptured") == (every, "fused-adamw", True, False)
+    for op in every:
+        assert options(f"only-{op}") == ({op}, "adamw", True, False)
+        assert options(f"without-{op}") == (every - {op}, "fused-adamw", True, False)
+    assert options("only-adamw") == (set(), "fused-adamw", True, False)
+    assert options("without-adamw") == (every, "adamw", True, False)
+    assert len(PER_OP) == 2 * len(every) + 2
+    assert set(PER_OP) <= set(VARIANTS)
+
+
+def test_what_cannot_run_here_says_why(monkeypatch):
+    monkeypatch.setattr("bench.step_variants.version", lambda package: None)
+    gpu = torch.device("cuda")
+    assert why_absent("liger", gpu) == "liger-kernel is not installed"
+    assert why_absent("transformers", CPU) == "transformers is not installed"
+    assert why_absent("fused", CPU) == why_absent("only-rope", CPU) == "no GPU"
+    assert why_absent("fused", gpu) is why_absent("compiled", CPU) is None
+
+
+@pytest.mark.skipif(version("transformers") is None, reason="transformers is not installed")
+def test_transformers_llama_has_as_many_parameters_and_trains():
+    from bench.transformers_llama import TransformersLlama
+
+    for tied in (True, False):
+        shape = replace(TINY, tie_embeddings=tied)
+        assert sum(p.numel() for p in TransformersLlama(shape).parameters()) == flops.parameters(shape)
+    take = make_step("transformers", TINY, CPU, torch.float32, batch())
+    losses = [take() for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_figures_by_hand(monkeypatch):
@@ -113,6 +147,33 @@ def test_a_variant_that_runs_out_of_memory_is_named_and_the_others_are_measured(
     assert "out of memory" in console.file.getvalue()
 
 
+def test_a_variant_that_breaks_is_named_and_the_command_fails_after_its_table(tiny, console, monkeypatch, tmp_path):
+    make, path = step.make_step, tmp_path / "step.json"
+
+    def make_or_not(variant, *rest):
+        if variant == "plain":
+            raise RuntimeError("out of\nluck")
+        return make(variant, *rest)
+
+    monkeypatch.setattr(step, "make_step", make_or_not)
+    with pytest.raises(SystemExit, match="1"):
+        measure(StepBench(variants=["plain", "compiled"], repeats=1, json=str(path)), console)
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[0] == {"variant": "plain", "failed": "RuntimeError: out of"}
+    assert rows[1]["ms"] > 0
+    assert "RuntimeError: out of" in console.file.getvalue()
+
+
+def test_what_is_missing_is_a_row_and_no_failure(tiny, console, monkeypatch):
+    monkeypatch.setattr("bench.step_variants.version", lambda package: None)
+    result = measure(StepBench(variants=["plain", "transformers", "fused"], repeats=1), console)
+    assert result["rows"][1:] == [
+        {"variant": "transformers", "failed": "transformers is not installed"},
+        {"variant": "fused", "failed": "no GPU"},
+    ]
+    assert "transformers is not installed" in console.file.getvalue()
+
+
 def test_large_models_are_held_one_at_a_time_and_written_as_they_are_done(tiny, console, monkeypatch, tmp_path):
     written, held = [], []
     monkeypatch.setattr(step, "SIDE_BY_SIDE", 0)
@@ -129,7 +190,10 @@ def test_large_models_are_held_one_at_a_time_and_written_as_they_are_done(tiny, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": ["fused"], "device": "cpu"}, "--variants fused needs a GPU, and the device is cpu"),
+        (
+            {"variants": ["fast"]},
+            "--variants is 'fast'; allowed: reference, reference-compiled, plain, compiled, fused",
+        ),
         ({"preset": "gpt2"}, "--preset is 'gpt2'; allowed: reference, smoke"),
         ({"repeats": 0}, "--repeats is 0; it must be at least 1"),
         ({"batch_size": -1}, "--batch-size is -1; it must be at least 0"),

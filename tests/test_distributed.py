@@ -70,7 +70,7 @@ def test_one_process_is_a_world_of_its_own(monkeypatch):
     assert world == World(rank=0, size=1, local_rank=0)
     assert world.is_main
     tensor = torch.ones(3)
-    world.sum([tensor])
+    world.sum(tensor)
     world.wait()
     assert tensor.tolist() == [1, 1, 1]
     assert world.total(5, torch.device("cpu")) == 5

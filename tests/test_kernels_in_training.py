@@ -26,7 +26,7 @@ def curve(spec, dtype=torch.float32, steps=50, change=None, **options):
         if change:
             model.ops = (model.ops[0], replace(model.ops[1], **change), model.ops[2])
         with torch.no_grad():
-            for p in trainer.parameters:
+            for p in trainer.model.parameters():
                 if p.ndim == 2:  # at the start the branches hardly count: nothing in them would show in the loss
                     p.mul_(8)
         model.refresh_compute_weights()
@@ -83,7 +83,7 @@ def test_the_whole_model_with_all_kernels_compiles_as_one_graph(packed):
     torch.testing.assert_close(loss, wanted, atol=0, rtol=1e-5)
     loss.backward()
     wanted.backward()
-    for (name, p), q in zip(fused.model.named_parameters(), plain.parameters, strict=True):
+    for (name, p), q in zip(fused.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 

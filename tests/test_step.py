@@ -23,10 +23,10 @@ def gradients(trainer, batches, valid):
     """Gradients of a step, caught before the update."""
     trainer.grad_clip = 0
     with torch.no_grad():
-        before = [p.clone() for p in trainer.parameters]
+        before = [p.clone() for p in trainer.model.parameters()]
     trainer.step(batches, valid, 0.0)
-    assert all(torch.equal(p, q) for p, q in zip(trainer.parameters, before, strict=True))
-    return [p.grad.clone() for p in trainer.parameters]
+    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
+    return [p.grad.clone() for p in trainer.model.parameters()]
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["all count", "uneven"])
@@ -56,15 +56,15 @@ def test_the_gradient_is_clipped_to_its_norm():
     free, clipped = make_trainer(grad_clip=0.0), make_trainer(grad_clip=0.01)
     norm = free.step(batches, 256, 0.0).grad_norm
     assert torch.equal(clipped.step(batches, 256, 0.0).grad_norm, norm)
-    total = torch.stack([p.grad.norm() for p in clipped.parameters]).norm()
+    total = torch.stack([p.grad.norm() for p in clipped.model.parameters()]).norm()
     torch.testing.assert_close(total.item(), 0.01, atol=0, rtol=1e-3)
-    torch.testing.assert_close(norm, torch.stack([p.grad.norm() for p in free.parameters]).norm())
+    torch.testing.assert_close(norm, torch.stack([p.grad.norm() for p in free.model.parameters()]).norm())
 
 
 def everything(trainer):
     state = [t for s in trainer.optimizer.state.values() for t in s.values()]
     copies = list(trainer.model.buffers())
-    return [t.clone() for t in (*trainer.parameters, *state, *copies)]
+    return [t.clone() for t in (*trainer.model.parameters(), *state, *copies)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

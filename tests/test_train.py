@@ -14,7 +14,7 @@ import torch
 import train
 from tests import run_testing
 from tests.run_testing import ROOT, TINY, Result, arguments, call, finish, records, start, state, wait_until, write_text
-from training import checkpoint, checkpoint_folder, evaluation, step
+from training import checkpoint, checkpoint_folder, evaluation, readback, step
 from training.config import TrainConfig, from_toml, parse
 from training.schedule import learning_rate
 from training.tokenizer import Tokenizer
@@ -167,6 +167,29 @@ def test_kernels_run_in_the_interpreter_where_it_is_asked_for(run, tmp_path, mon
     assert "kernels swiglu@0" in result.out
     plain, fused = (records(tmp_path / name, "step") for name in ("out", "kernels"))
     assert [line["loss"] for line in fused] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+
+
+@pytest.mark.parametrize("breaks_down", [False, True])
+def test_figures_that_arrive_a_step_late_are_those_of_their_step(run, tmp_path, monkeypatch, breaks_down):
+    """As on a GPU, where the next step is launched before the last one's loss is read."""
+    results = {}
+    for name, steps in (("in time", 0), ("late", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(readback, "lag", lambda device, steps=steps: steps)
+            poison(patch, {2, *range(6, 100)} if breaks_down else {})
+            results[name] = run(eval_interval=5, max_skipped_steps=3, out_dir=tmp_path / name)
+    in_time, late = results.values()
+    assert late.status == in_time.status == int(breaks_down)
+    assert late.err == in_time.err
+    for kind in ("step", "eval"):
+        ones, others = (records(tmp_path / name, kind) for name in results)
+        if breaks_down and kind == "step":
+            assert others.pop()["skipped"]  # the one that was under way when the break-down was seen
+        for key in ("step", *(("loss", "grad_norm", "lr", "skipped") if kind == "step" else ("val_loss",))):
+            assert [line[key] for line in ones] == [line[key] for line in others]
+    printed, printed_late = (re.findall(r"^\d+ \|", result.out, re.M) for result in (in_time, late))
+    assert printed == printed_late[: len(printed)]
+    assert len(printed_late) == len(printed) + breaks_down
 
 
 def test_a_trace_of_steps_3_to_5_is_written(run, tmp_path):
@@ -395,7 +418,7 @@ BEFORE_TORCH = [
     ("--dim 120", 2, "odd head dim, 15"),
     ("--vocab-size 255", 2, "--vocab-size is 255; it must be from 256"),
     ("--kernels foo", 2, "unknown switch 'foo'; allowed: all, none"),
-    ("--fused --device cpu", 2, "Leave it off to train on plain PyTorch, or set TRITON_INTERPRET=1"),
+    ("--fused --device cpu", 2, "Leave it off for plain PyTorch (--kernels none), or set TRITON_INTERPRET=1"),
     ("--config nowhere.toml", 2, "nowhere.toml could not be read: No such file"),
     ("--init-from resume --out-dir nowhere", 2, "there is no checkpoint 'last' in nowhere, which holds no checkpoint"),
     (f"--out-dir {__file__}/out", 2, "cannot be written: Not a directory"),

@@ -146,6 +146,10 @@ class TrainConfig(LlamaConfig):
     """Triton kernels everywhere: short for --kernels all."""
     kernels: str = ""
     """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,rms_norm@out; empty: plain PyTorch."""
+    optimizer: Literal["adamw", "fused-adamw"] = "adamw"
+    """torch's AdamW, or the same as one Triton kernel over all parameters. A run may change it when resumed."""
+    capture: bool = True
+    """With Triton kernels on a single GPU: run each step as one CUDA graph."""
     deterministic: bool = True
     """Same inputs, same bits; --no-deterministic lifts it."""
 
@@ -205,20 +209,31 @@ class TrainConfig(LlamaConfig):
             raise UserError(f"--device is {self.device!r}; allowed: auto, cpu, cuda, cuda:N")
         if self.wandb_log and importlib.util.find_spec("wandb") is None:
             raise UserError("--wandb-log: wandb is not installed; pip install wandb, or leave the option off")
+        if "attention" in self._switches() and not grammar.attention_serves(self.head_dim):
+            raise UserError(
+                f"--dim {self.dim} over --n-heads {self.n_heads} makes heads of {self.head_dim}; the attention kernel takes "
+                "multiples of 4 from 16 to 256. Choose others, or leave it out: end --kernels with -attention"
+            )
         if uses_triton and not interpreting() and (self.device == "cpu" or not gpu_visible()):
             raise no_gpu_for_kernels(self)
 
     def uses_triton(self) -> bool:
-        """Whether any layer runs a Triton kernel. ValueError for a selection that is none."""
-        return any(grammar.parse(self.kernel_spec, self.n_layers))
+        """Whether any layer or the optimizer runs a Triton kernel. ValueError for a selection that is none."""
+        return bool(self._switches()) or self.optimizer == "fused-adamw"
+
+    def _switches(self) -> frozenset[str]:
+        """Switches that are on in some place."""
+        return frozenset().union(*grammar.parse(self.kernel_spec, self.n_layers))
 
 
 def no_gpu_for_kernels(config: TrainConfig) -> UserError:
     """What to say where Triton kernels are asked for and no GPU can run them: the two ways on."""
-    asked = "--fused" if config.fused else f"--kernels {config.kernels}"
+    layers = "--fused" if config.fused else f"--kernels {config.kernels}"
+    asked = [layers] * bool(config._switches()) + ["--optimizer fused-adamw"] * (config.optimizer == "fused-adamw")
+    run = " and ".join(asked) + (" run" if asked[1:] else " runs")
     where = "--device is cpu" if config.device == "cpu" else "no GPU was found"
     return UserError(
-        f"{asked} runs Triton kernels, which need a GPU, and {where}. Leave it off to train on plain PyTorch, or set "
+        f"{run} Triton kernels, which need a GPU, and {where}. Leave it off for plain PyTorch (--kernels none), or set "
         "TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
     )
 

@@ -26,18 +26,10 @@ class World:
         """Whether this process writes the logs and the checkpoints."""
         return self.rank == 0
 
-    def sum(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor, in place, by its sum over all processes. The order of the sum is fixed."""
-        if self.size == 1:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-        for group in by_dtype.values():
-            flat = torch.cat([t.flatten() for t in group])  # one message, not one a parameter
-            dist.all_reduce(flat)
-            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+    def sum(self, tensor: Tensor) -> None:
+        """Replace the tensor, in place, by its sum over all processes. The order of the sum is fixed."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` holds in any process."""

@@ -1,4 +1,9 @@
-"""One optimizer step: forward and backward of the micro-steps, clip, update. Nothing in it waits for the device."""
+"""One optimizer step: forward and backward of the micro-steps, clip, update. Nothing in it waits for the device.
+
+What a step reads is copied into tensors that stay where they are, and what it writes stays too: parameters, gradients, moments,
+copies, scale and result. So the step can be captured as a CUDA graph (`training/capture.py`) and replayed. It is, on one GPU with
+Triton kernels; elsewhere the same function runs as it is.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,9 +12,14 @@ import torch
 from torch import Tensor
 
 from model import Llama
+from training.capture import Captured
 from training.config import TrainConfig
 from training.distributed import World
+from training.flat import FlatParameters
 from training.optimizer import LossScale, make_optimizer
+
+MicroBatch = tuple[Tensor, Tensor, Tensor | None]
+"""(tokens, targets, first_key or None), each (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -29,54 +39,75 @@ class Trainer:
 
     def __init__(self, model: Llama, config: TrainConfig, world: World):
         self.model = model
-        self.optimizer = make_optimizer(model, config)
-        self.loss_scale = LossScale(model.compute_dtype == torch.float16, model.cos.device)
+        self.device = model.cos.device
+        self.flat = FlatParameters(model)
+        self.optimizer = make_optimizer(self.flat, config)
+        self.loss_scale = LossScale(model.compute_dtype == torch.float16, self.device)
         self.grad_clip = config.grad_clip
         self.world = world
-        self.parameters = list(model.parameters())
+        self.captures = config.capture and config.uses_triton() and self.device.type == "cuda" and world.size == 1
         # One graph for all layers: compiled layer by layer, each distinct selection of kernels would be a graph of its own.
         self.loss_sum = (
             torch.compile(self._loss_sum, fullgraph=True, dynamic=False) if config.compile else self._loss_sum
         )
+        self._micro_batches: list[MicroBatch] = []
+        self._valid_tokens = torch.ones((), device=self.device)
+        self._result = torch.zeros(3, device=self.device)
+        self._run = self._step
 
     def _loss_sum(self, tokens: Tensor, targets: Tensor, first_key: Tensor | None) -> Tensor:
         return self.model(tokens, targets, first_key, reduction="sum")
 
-    def step(
-        self, micro_batches: Iterable[tuple[Tensor, Tensor, Tensor | None]], valid_tokens: int, lr: float
-    ) -> StepResult:
+    def step(self, micro_batches: Iterable[MicroBatch], valid_tokens: int, lr: float) -> StepResult:
         """Update the parameters from this process's micro-batches.
 
-        micro_batches: (tokens, targets, first_key or None), each (B, T). valid_tokens: targets that count in the global batch,
-        over all processes and micro-steps, so that any cut of it gives the same gradient. lr: learning rate of this update.
+        valid_tokens: targets that count in the global batch, over all processes and micro-steps, so that any cut of it gives
+        the same gradient. lr: learning rate of this update.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.model.cos.device)
-        scale = self.loss_scale.scale / max(1, valid_tokens)
-        for tokens, targets, first_key in micro_batches:
-            loss_sum = self.loss_sum(tokens, targets, first_key)
-            (loss_sum * scale).backward()
-            loss += loss_sum.detach()
-        grads = [p.grad for p in self.parameters]
-        self.world.sum([loss, *grads])
-        loss /= max(1, valid_tokens)
+        self._receive(list(micro_batches))
+        self._valid_tokens.fill_(max(1, valid_tokens))
+        self.optimizer.lr.fill_(lr)
+        self._run()
+        return StepResult(*self._result.clone())
 
-        grad_norm = torch.nn.utils.get_total_norm(grads) / self.loss_scale.scale
-        found_inf = (~(grad_norm.isfinite() & loss.isfinite())).float()
-        factor = 1 / self.loss_scale.scale
+    def _receive(self, micro_batches: list[MicroBatch]) -> None:
+        """Copy the micro-batches to where the step reads them, without waiting where they come from pinned memory."""
+        kept = self._micro_batches
+        if _shapes(micro_batches) != _shapes(kept):
+            self._micro_batches = kept = [
+                tuple(x if x is None else torch.empty_like(x, device=self.device) for x in batch)
+                for batch in micro_batches
+            ]
+            self._run = Captured(self._step, self.device) if self.captures else self._step
+        for batch, place in zip(micro_batches, kept, strict=True):
+            for x, y in zip(batch, place, strict=True):
+                if x is not None:
+                    y.copy_(x, non_blocking=True)
+
+    def _step(self) -> None:
+        """The step, from tensors that stay in their places to such tensors."""
+        gradients = self.flat.gradients.zero_()
+        loss = torch.zeros((), device=self.device)
+        loss_scale = self.loss_scale.scale
+        for micro_batch in self._micro_batches:
+            loss_sum = self.loss_sum(*micro_batch)
+            (loss_sum * (loss_scale / self._valid_tokens)).backward()
+            loss += loss_sum.detach()
+        self.world.sum(loss)
+        self.world.sum(gradients)
+        loss /= self._valid_tokens
+
+        grad_norm = torch.linalg.vector_norm(gradients) / loss_scale
+        skip = (~(grad_norm.isfinite() & loss.isfinite())).float()
+        factor = 1 / loss_scale
         if self.grad_clip:
             factor = factor * (self.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(grads, factor)
-        self.optimizer.found_inf = found_inf  # the fused update leaves everything as it is where this is 1
-        self.optimizer.step()
-        self.loss_scale.update(found_inf)
-        self.model.refresh_compute_weights()
-        return StepResult(loss, grad_norm, found_inf)
+        self.optimizer.update(factor, skip)
+        self.loss_scale.update(skip)
+        torch.stack([loss, grad_norm, skip], out=self._result)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float:
+    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
         """Mean loss in nats over the valid tokens of the batches of all processes."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)
@@ -84,6 +115,10 @@ class Trainer:
             valid = int((targets != -100).sum())
             total += torch.tensor([float(self.loss_sum(tokens, targets, first_key)), valid], dtype=torch.float64)
         self.model.train()
-        total = total.to(self.model.cos.device) if self.world.size > 1 else total
-        self.world.sum([total])
+        total = total.to(self.device) if self.world.size > 1 else total
+        self.world.sum(total)
         return float(total[0] / total[1].clamp(min=1))
+
+
+def _shapes(micro_batches: list[MicroBatch]) -> list[list[torch.Size | None]]:
+    return [[None if x is None else x.shape for x in batch] for batch in micro_batches]
