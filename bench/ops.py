@@ -201,9 +201,7 @@ def peak_memory(contender: Contender) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def figures(
-    direction: str, n_bytes: int, timings: dict[str, Timing], n_flops: int = 0, ceiling: float = 0.0
-) -> dict:
+def figures(direction: str, n_bytes: int, timings: dict[str, Timing], n_flops: int = 0, ceiling: float = 0.0) -> dict:
     """Figures of one pass: microseconds, GB/s of the bytes that must be moved, and the share of the copy's speed.
 
     Where FLOPs are counted, TFLOP/s too, and the share of the ceiling, a matrix product's FLOP/s, where there is one.

@@ -161,7 +161,7 @@ def _untraced(kernel, device: torch.device):
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """Out = a @ b, or out += a @ b. A float32 `out` of half-precision operands gets sums that were never rounded to theirs."""
     out_dtype = {}
-    if a.dtype != out.dtype and a.is_cuda:
+    if a.dtype != out.dtype and a.device.type != "cpu":
         out_dtype = {"out_dtype": out.dtype}
     elif a.dtype != out.dtype:
         a, b = a.to(out.dtype), b.to(out.dtype)
