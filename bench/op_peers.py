@@ -151,6 +151,7 @@ def torch_adamw(case: Case, **implementation: bool) -> Callable:
         groups.append({"params": [parameter], "weight_decay": decay})
     betas = (options["beta1"], options["beta2"])
     on_gpu = values.is_cuda
+    lr = lr if on_gpu else lr.item()
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=options["eps"], capturable=on_gpu, **implementation)
     for group, part in zip(optimizer.param_groups, (slice(n), slice(n, None)), strict=True):
         moments = {"exp_avg": exp_avg[part], "exp_avg_sq": exp_avg_sq[part]}

@@ -1,9 +1,9 @@
 """Each op against its peers, forward and backward: `python -m bench.ops --op swiglu --preset reference 8192x4096`.
 
-Variants are those of `bench/op_peers.py`: the torch twin (`eager`), the same compiled, the op of Liger, SDPA's backends, FlexAttention,
-`F.linear_cross_entropy`, ..., and the kernel here (`triton`). Beside them stand the ceilings, measured in the same run: a copy
-of as many bytes as the op must move, timed in turns with the variants; and a matrix product, right after a rest (burst) and
-after a second of nothing else (sustained, when the GPU is hot and at its power limit).
+Variants are those of `bench/op_peers.py`: the torch twin (`eager`), the same compiled, Liger's op, SDPA's backends,
+FlexAttention, `F.linear_cross_entropy`, and so on, and the kernel here (`triton`). Beside them stand the ceilings, measured in the
+same run: a copy of as many bytes as the op must move, timed in turns with the variants; and a matrix product, right after a
+rest (burst) and after a second of nothing else (sustained, when a GPU is at its power limit).
 On a GPU the time is the GPU's own, with cold caches; what Python needs to launch an op is in `bench.step`'s figures.
 Algorithms are deterministic as in training, but for variants that have none such.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bench import command, tune
 from bench.measure import GpuInstant, Timing, environment, gpu_flush, time_in_turn, wall_clock, write_json
-from bench.op_cases import CASES, SIZES, Case, Cost, cut, size
+from bench.op_cases import CASES, SIZES, Case, cut, size
 from bench.op_peers import PEERS, VARIANTS, Contender, why_absent
 from training.config import TrainConfig
 from training.device import resolve_device, resolve_dtype, set_determinism
@@ -78,7 +78,10 @@ def measure(options: OpsBench, console: Console) -> dict:
     asked = {name: size(name) for name in options.preset}
     set_determinism(options.deterministic)
     if options.tune:
-        return tune.search_and_show(options.tune, asked, dtype, device, options.repeats, console)
+        result = tune.search_and_show(options.tune, asked, dtype, device, options.repeats, console)
+        if options.json:
+            write_json(options.json, result | {"environment": environment()})
+        return result
     if not on_gpu:
         console.print(
             f"no GPU here: what runs on the CPU is timed there, {CPU_TOKENS} tokens at most; the kernels, the peers that need "

@@ -3,17 +3,23 @@
 forward   y  = x W'^T            W' is the compute-dtype copy of W, written once a step
 backward  dx = dy W'             in the compute dtype
           dW = dy^T x            sums and result in float32, never rounded to the compute dtype
+
+In training dW goes straight to where the gradients of a step are summed: the product adds to what is there, and no dW is written,
+read and added in a pass of its own.
 """
 
 import torch
 from torch import Tensor, nn
+
+from kernels.launch import NAMESPACE
 
 
 class Linear(nn.Module):
     """A map (..., in) -> (..., out) without a bias.
 
     `weight` (out, in) is the float32 parameter. In half precision the forward pass reads `compute_weight`, a copy that
-    `Llama.refresh_compute_weights` writes; it is not saved with the model.
+    `Llama.refresh_compute_weights` writes; it is not saved with the model. `gradient_sum` (out, in), float32, takes the gradient
+    of the weight in autograd's stead where a trainer has set it; autograd then gives the weight none.
     """
 
     def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype):
@@ -21,35 +27,45 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         copy = None if compute_dtype == torch.float32 else torch.empty(out_features, in_features, dtype=compute_dtype)
         self.register_buffer("compute_weight", copy, persistent=False)
+        self.gradient_sum: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) of the compute dtype to (..., out)."""
-        return linear(x, self.weight, self.compute_weight)
+        return linear(x, self.weight, self.compute_weight, self.gradient_sum)
 
 
-def linear(x: Tensor, weight: Tensor, compute_weight: Tensor | None) -> Tensor:
-    """`x @ weight.T`, computed with `compute_weight` where there is one."""
+def linear(x: Tensor, weight: Tensor, compute_weight: Tensor | None, gradient_sum: Tensor | None = None) -> Tensor:
+    """`x @ weight.T`, computed with `compute_weight` where there is one; its gradient is then added to `gradient_sum`, if given."""
     if compute_weight is None:
         return torch.nn.functional.linear(x, weight)
-    return _MixedLinear.apply(x, weight, compute_weight)
+    return _MixedLinear.apply(x, weight, compute_weight, gradient_sum)
 
 
 class _MixedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, compute_weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, compute_weight: Tensor, gradient_sum: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, compute_weight)
+        ctx.gradient_sum = gradient_sum  # not saved: autograd would refuse it for having changed since
         return torch.nn.functional.linear(x, compute_weight)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, compute_weight = ctx.saved_tensors
         dx = dy @ compute_weight if ctx.needs_input_grad[0] else None
-        dw = _weight_gradient(dy.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return dx, dw, None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dy_t, x = dy.flatten(0, -2).T, x.flatten(0, -2)
+            if ctx.gradient_sum is None:
+                dw = torch.zeros(dy_t.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
+            add_product(dw if ctx.gradient_sum is None else ctx.gradient_sum, dy_t, x)
+        return dx, dw, None, None
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x (out, in) in float32 from half-precision dy (M, out) and x (M, in)."""
-    if dy.device.type != "cpu":  # only cuBLAS writes float32 from half-precision operands
-        return torch.mm(dy.T, x, out_dtype=torch.float32)
-    return dy.T.float() @ x.float()
+# Opaque to torch.compile, which would take it apart into a product and an addition.
+@torch.library.custom_op(f"{NAMESPACE}::add_product", mutates_args=("total",))
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b, of half-precision a (M, K) and b (K, N), to `total` (M, N) float32, in place and in float32 throughout."""
+    if a.device.type == "cpu":  # only cuBLAS writes float32 from half-precision operands
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

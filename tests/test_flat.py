@@ -71,6 +71,22 @@ def test_a_backward_pass_adds_to_the_flat_gradients_and_leaves_the_gaps_zero():
     assert flat.gradients.double().square().sum() == pytest.approx(in_place.double().square().sum().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_add_to_the_gradients_what_autograd_would(dtype, compiled):
+    model, _, _ = make(dtype)
+    alone = Llama(model.config, model.ops, dtype)
+    alone.load_state_dict(model.state_dict())
+    alone.refresh_compute_weights()
+    tokens = torch.randint(300, (2, 8))
+    function = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for _ in range(2):
+        function(tokens, tokens).backward()
+        alone(tokens, tokens).backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_no_shape_needs_memory():
     with torch.device("meta"):
         model = Llama(LlamaConfig(**TINY), kernels.select("none", 2), torch.bfloat16)

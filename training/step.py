@@ -89,9 +89,10 @@ class Trainer:
         gradients = self.flat.gradients.zero_()
         loss = torch.zeros((), device=self.device)
         loss_scale = self.loss_scale.scale
+        factor = loss_scale / self._valid_tokens
         for micro_batch in self._micro_batches:
             loss_sum = self.loss_sum(*micro_batch)
-            (loss_sum * (loss_scale / self._valid_tokens)).backward()
+            loss_sum.backward(factor)
             loss += loss_sum.detach()
         self.world.sum(loss)
         self.world.sum(gradients)
@@ -101,7 +102,7 @@ class Trainer:
         skip = (~(grad_norm.isfinite() & loss.isfinite())).float()
         factor = 1 / loss_scale
         if self.grad_clip:
-            factor = factor * (self.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
+            factor *= (self.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
         self.optimizer.update(factor, skip)
         self.loss_scale.update(skip)
         torch.stack([loss, grad_norm, skip], out=self._result)
