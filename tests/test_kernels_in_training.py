@@ -14,12 +14,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Float32 kernels differ from the twins by the order of their sums; 50 steps of learning amplify it to a few 1e-7 of the loss.
 # Float16 rounds each activation, and two orders of the same arithmetic part by about its precision. Measured in the interpreter:
-# 2e-7 and 1e-4; a SwiGLU wrong by a thousandth in one layer shows as 6e-5.
+# 2e-7 and 3e-4; a SwiGLU wrong by a thousandth in one layer shows as 6e-5.
 BOUND = {torch.float32: 2e-6, torch.float16: 5e-4}
+# How far apart the parameters end, over how far they moved. Measured, as a root mean square: 3e-6 and 9e-3.
+MOVED = {torch.float32: 2e-5, torch.float16: 3e-2}
 
 
-def curve(spec, dtype=torch.float32, steps=50, change=None, **options):
-    """Losses of a run. change: ops that replace those of layer 1."""
+def run(spec, dtype=torch.float32, steps=50, change=None, **options):
+    """Losses of a run, and the parameters at its end. change: ops that replace those of layer 1."""
     with torch.device(DEVICE):
         trainer = make_trainer(dtype, spec, **SHAPE | options)
         model = trainer.model
@@ -30,7 +32,14 @@ def curve(spec, dtype=torch.float32, steps=50, change=None, **options):
                 if p.ndim == 2:  # at the start the branches hardly count: nothing in them would show in the loss
                     p.mul_(8)
         model.refresh_compute_weights()
-    return train(trainer, steps, lr=3e-3, **BATCH)
+    start = trainer.flat.values.clone()
+    losses = train(trainer, steps, lr=3e-3, **BATCH)
+    return losses, trainer.flat.values - start
+
+
+def curve(spec, *arguments, **options):
+    """The losses alone."""
+    return run(spec, *arguments, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +51,20 @@ def furthest(losses, wanted):
     return max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("spec", "steps"), [("all", 50), ("all,-rope@0", 15), ("swiglu@1,rms_norm@out", 15)], ids=lambda x: str(x)
-)
+@pytest.mark.parametrize(("spec", "steps"), [("all,-rope@0", 10), ("swiglu@1,rms_norm@out", 15)], ids=str)
 def test_float32_training_tracks_the_torch_twins(torch_curve, spec, steps):
     losses = curve(spec, steps=steps)
     assert furthest(losses, torch_curve[:steps]) < BOUND[torch.float32]
 
 
-def test_float16_training_tracks_the_torch_twins():
-    losses, wanted = (curve(spec, torch.float16, steps=25) for spec in ("all", "none"))
-    assert furthest(losses, wanted) < BOUND[torch.float16]
+@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_training_with_every_kernel_and_their_optimizer_tracks_torch(dtype, steps):
+    """In losses, and in how far the parameters moved, as a root mean square: Adam makes whole steps of a gradient that is noise."""
+    losses, moved = run("all", dtype, steps, optimizer="fused-adamw")
+    wanted, wanted_moved = run("none", dtype, steps)
+    assert furthest(losses, wanted) < BOUND[dtype]
+    assert (moved - wanted_moved).norm() / wanted_moved.norm() < MOVED[dtype]
 
 
 @pytest.mark.parametrize(
