@@ -23,7 +23,7 @@ from rich.console import Console
 
 from bench import command
 from bench.measure import environment, write_json
-from kernels import grammar
+from kernels.grammar import SWITCHES
 from training.errors import UserError
 
 PROJECT = Path(__file__).parent.parent
@@ -57,28 +57,47 @@ class Case:
         return [sys.executable, "-m", *self.arguments, *json_option]
 
 
+KERNEL_TESTS = {
+    "rms_norm": ("rms_norm",),
+    "rope": ("rope", "rope_qkv"),
+    "swiglu": ("swiglu",),
+    "attention": ("attention",),
+    "linear_cross_entropy": ("linear_cross_entropy", "linear_cross_entropy_kernels"),
+    "adamw": ("adamw", "optimizer"),
+    "capture": ("capture", "flat"),
+}
+"""Test files by what they prove."""
+
+
 def gpu_cases() -> list[Case]:
     """What to run on a GPU, in order of value."""
-    switches = grammar.TRITON_SWITCHES
     parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # most of the time goes into compiling
-    tests = [
-        Case(f"tests-{switch}", ("pytest", "-q", "-m", "not slow", *parallel, f"tests/test_{switch}.py"), 150)
-        for switch in switches
-    ]
+
+    def tests(*files: str) -> tuple[str, ...]:
+        return ("pytest", "-q", "-m", "not slow", *parallel, *(f"tests/test_{file}.py" for file in files))
+
+    def step(preset: str, *options: str) -> tuple[str, ...]:
+        return ("bench.step", "--preset", preset, *options)
+
     large = ("--repeats", "3")
-    everyone = ("--variants", "reference", "reference-compiled", "plain", "compiled", "fused")
+    others = ("--variants", "reference", "reference-compiled", "compiled", "fused-uncaptured", "unchunked")
+    peers = ("liger-compiled", "transformers")
     return [
-        *tests,
-        Case("step-reference", ("bench.step", "--preset", "reference"), 240),
-        *(Case(f"ops-{switch}", ("bench.ops", "--op", switch), 300) for switch in switches),
-        Case("step-124m", ("bench.step", "--preset", "124m", *large), 300),
-        Case("step-llama3.2-1b", ("bench.step", "--preset", "llama3.2-1b", *large), 400),
+        *(Case(f"tests-{name}", tests(*files), 150) for name, files in KERNEL_TESTS.items()),
+        Case("step-reference", step("reference"), 240),
+        *(Case(f"ops-{op}", ("bench.ops", "--op", op), 300) for op in (*SWITCHES, "adamw")),
+        Case("step-124m", step("124m", *large), 300),
+        Case("step-llama3.2-1b", step("llama3.2-1b", *large), 400),
+        Case("parity-reference", ("bench.parity", "--preset", "reference", "--batch-size", "8", "--bisect"), 200),
         Case("loss-parity", ("bench.loss_parity",), 600),
-        Case("step-reference-all", ("bench.step", "--preset", "reference", *everyone), 300),
-        Case("step-reference-nondeterministic", ("bench.step", "--preset", "reference", "--no-deterministic"), 240),
-        Case("step-350m", ("bench.step", "--preset", "350m", *large), 300),
+        Case("step-reference-others", step("reference", *others, *peers), 300),
+        Case("step-reference-per-op", step("reference", "--variants", "compiled", "--per-op"), 400),
+        Case("step-reference-nondeterministic", step("reference", "--no-deterministic"), 240),
+        Case("step-llama3.2-1b-unchunked", step("llama3.2-1b", *large, "--variants", "unchunked"), 300),
+        Case("step-350m", step("350m", *large), 300),
         Case("tests-training", ("pytest", "-q", *parallel, "tests/test_kernels_in_training.py"), 300),
-        Case("tests-slow", ("pytest", "-q", "-m", "slow", *(f"tests/test_{s}.py" for s in switches)), 400),
+        Case("tests-slow", ("pytest", "-q", "-m", "slow", *tests(*sum(KERNEL_TESTS.values(), ()))[4:]), 400),
+        *(Case(f"roofline-{p}", ("bench.roofline", "--preset", p), 60) for p in ("reference", "124m", "llama3.2-1b")),
     ]
 
 

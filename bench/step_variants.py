@@ -5,6 +5,7 @@
     fused                            every Triton kernel, AdamW's too, compiled and captured as a CUDA graph
     fused-uncaptured                 the same without the graph
     only-OP, without-OP              one kernel alone on, or alone off; OP: a switch of train.py --kernels, or adamw
+    unchunked                        compiled, with a loss head that holds all logits: a product and F.cross_entropy
     liger, liger-compiled            Liger-Kernel's ops in the same model, torch's attention and AdamW
     transformers                     Hugging Face's Llama of equal size under autocast, with SDPA and torch's AdamW, eager
 
@@ -15,22 +16,24 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
 from bench import liger, transformers_llama
 from bench.measure import version
 from bench.reference_loop import AutocastStep, ReferenceLlama
-from kernels.grammar import TRITON_SWITCHES
+from kernels.grammar import SWITCHES
 from model import Llama
+from model.linear import linear
 from training.config import TrainConfig
 from training.distributed import World
 from training.step import Trainer
 
-WHOLE = ("reference", "reference-compiled", "plain", "compiled", "fused", "fused-uncaptured")
+WHOLE = ("reference", "reference-compiled", "plain", "compiled", "fused", "fused-uncaptured", "unchunked")
 PEERS = {"liger": "liger-kernel", "liger-compiled": "liger-kernel", "transformers": "transformers"}
 """Variants that need a package, and its name."""
-PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in (*TRITON_SWITCHES, "adamw"))
+PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in (*SWITCHES, "adamw"))
 VARIANTS = (*WHOLE, *PEERS, *PER_OP)
 
 MicroBatches = list[tuple[Tensor, Tensor]]
@@ -62,6 +65,19 @@ def selection(variant: str) -> dict[str, object]:
     return options | {"compile": True}
 
 
+def all_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    compute_weight: Tensor | None = None,
+) -> Tensor:
+    """The loss head without chunks, its softmax in float32 as under autocast."""
+    logits = linear(hidden, weight, compute_weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+
+
 def make_step(
     variant: str, config: TrainConfig, device: torch.device, dtype: torch.dtype, micro_batches: MicroBatches
 ) -> Callable[[], float]:
@@ -77,6 +93,8 @@ def make_step(
     ops = kernels.select(config.kernel_spec, config.n_layers)
     if variant.startswith("liger"):
         ops = [replace(kernels.TORCH, **liger.ops())] * len(ops)
+    if variant == "unchunked":
+        ops = [replace(kernels.TORCH, linear_cross_entropy=all_logits)] * len(ops)
     with device:
         model = Llama(config.shape(), ops, dtype)
     trainer = Trainer(model, config, World())

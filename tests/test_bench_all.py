@@ -13,11 +13,19 @@ import tyro
 from rich.console import Console
 
 from bench import all as bench_all
-from bench import loss_parity, ops, step
+from bench import loss_parity, ops, parity, roofline, step, step_variants
 from bench.all import PROJECT, AllBench, Case, cpu_cases, gpu_cases, main, run_all
+from bench.op_cases import CASES
 from training.errors import UserError
 
-OPTIONS = {"bench.step": step.StepBench, "bench.ops": ops.OpsBench, "bench.loss_parity": loss_parity.LossParity}
+OPTIONS = {
+    "bench.step": step.StepBench,
+    "bench.ops": ops.OpsBench,
+    "bench.parity": parity.Parity,
+    "bench.loss_parity": loss_parity.LossParity,
+    "bench.roofline": roofline.Roofline,
+}
+CPU_VARIANTS = {"eager"}  # of bench.ops
 
 
 def python(statement, name, seconds=30):
@@ -122,7 +130,8 @@ def test_every_command_line_is_one_that_its_program_takes(case):
     module, *arguments = case.arguments
     assert importlib.util.find_spec(module)
     if module in OPTIONS:
-        tyro.cli(OPTIONS[module], args=[*arguments, *case.command(PROJECT)[-2:]])
+        options = tyro.cli(OPTIONS[module], args=[*arguments, *case.command(PROJECT)[-2:]])
+        assert set(getattr(options, "variants", ())) <= {*step_variants.VARIANTS, *CPU_VARIANTS}
     else:
         assert module == "pytest"
         assert all((PROJECT / argument).is_file() for argument in arguments if argument.startswith("tests/"))
@@ -130,7 +139,7 @@ def test_every_command_line_is_one_that_its_program_takes(case):
 
 def test_the_ops_that_have_kernels_are_all_measured():
     wanted = [argument for case in gpu_cases() for argument in case.arguments if "bench.ops" in case.arguments]
-    assert all(any(name in op for name in wanted) for op in ops.OPS)
+    assert all(any(name in op for name in wanted) for op in CASES)
 
 
 def test_the_benchs_own_commands_write_into_the_folder(tmp_path):

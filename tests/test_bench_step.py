@@ -48,7 +48,7 @@ def batch():
     return [(tokens[:, :-1], tokens[:, 1:])] * 2
 
 
-@pytest.mark.parametrize("variant", ["reference", "reference-compiled", "plain", "compiled"])
+@pytest.mark.parametrize("variant", ["reference", "reference-compiled", "plain", "compiled", "unchunked"])
 def test_every_variant_trains(tiny, variant):
     take = make_step(variant, TINY, CPU, torch.float32, batch())
     losses = [take() for _ in range(8)]
@@ -63,9 +63,10 @@ def options(variant):
 
 
 def test_variants_get_the_kernels_the_compilation_and_the_capture_that_they_are_named_for():
-    every = set(grammar.TRITON_SWITCHES)
+    every = set(grammar.SWITCHES)
     assert options("plain")[:3] == options("liger")[:3] == (set(), "adamw", False)
     assert options("compiled")[:3] == options("liger-compiled")[:3] == (set(), "adamw", True)
+    assert options("unchunked")[:3] == (set(), "adamw", True)
     assert options("fused") == (every, "fused-adamw", True, True)
     assert options("fused-uncaptured") == (every, "fused-adamw", True, False)
     for op in every:
