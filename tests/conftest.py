@@ -1,6 +1,7 @@
 """Kernel tests run compiled where there is a GPU and in Triton's interpreter where there is none; this file chooses."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +25,34 @@ def determinism_put_back():
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> dict[str, Path]:
+    """Options of train.py that name a text and a folder where it is prepared, once for all runs."""
+    from tests.run_testing import write_text
+
+    folder = tmp_path_factory.mktemp("text")
+    return {"data": write_text(folder / "text.txt"), "data_dir": folder / "data"}
+
+
+@pytest.fixture
+def run(tmp_path, text):
+    """A run of train.py in this process; into tmp_path / "out" unless told otherwise."""
+    import train
+    from tests.run_testing import TINY, arguments, call
+
+    def run(**options):
+        return call(train, arguments(**TINY | text | {"out_dir": tmp_path / "out"} | options))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, text):
+    """A run of train.py that went to its end, and its folder."""
+    import train
+    from tests.run_testing import TINY, arguments, call
+
+    out_dir = tmp_path_factory.mktemp("finished") / "out"
+    return out_dir, call(train, arguments(**TINY | text | {"out_dir": out_dir, "tensorboard": True}))

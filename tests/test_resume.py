@@ -23,13 +23,6 @@ HALF = 6  # steps before the kill, and after it
 HALVES = {"max_iters": 2 * HALF, "eval_interval": HALF, "always_save_checkpoint": True, "dropout": 0.1}
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> dict[str, Path]:
-    """Options that name a text and a folder where it is prepared, once for all runs."""
-    folder = tmp_path_factory.mktemp("text")
-    return {"data": write_text(folder / "text.txt"), "data_dir": folder / "data"}
-
-
 @pytest.fixture
 def whole(tmp_path, text):
     """A run of 2 * HALF steps that saved at each half: its folder."""
