@@ -50,14 +50,16 @@ _FIGURES = {
     "of_copy": ("", "{:.0%} of a copy"),
     "tflops": ("", "{:.0f} TFLOP/s"),
     "vs_best": ("", "{:.2f}x the best peer"),
+    "vs_mask": ("", "{:.2f}x a dense mask"),
     "memory_of_eager": ("memory", "{:.0%} of eager"),
+    "memory_of_unchunked": ("activations", "{:.0%} of those with all logits"),
 }
 
 
 STEP: dict[str, tuple[Goal, ...]] = {
     "reference": (Goal("ms", at_most=38.0, stretch=32.0), Goal("vs_compiled", at_least=1.5)),
     "124m": (Goal("mfu", at_least=0.46, stretch=0.50),),
-    "llama3.2-1b": (Goal("mfu", at_least=0.52, stretch=0.58),),
+    "llama3.2-1b": (Goal("mfu", at_least=0.52, stretch=0.58), Goal("memory_of_unchunked", at_most=0.5)),
 }
 """By preset, of the fused step."""
 
@@ -74,11 +76,14 @@ OPS: dict[tuple[str, str, str], tuple[Goal, ...]] = {
     for direction, goals in _POINTWISE.items()
 } | {
     ("attention", "reference", "both"): (Goal("vs_best", at_least=1.5),),
-    ("attention", "llama3.1-8b", "forward"): (Goal("tflops", at_least=380, stretch=450), _NOT_BEHIND),
-    ("attention", "llama3.1-8b", "backward"): (Goal("tflops", at_least=280, stretch=350), _NOT_BEHIND),
+    ("attention", "4x4096x128", "forward"): (Goal("tflops", at_least=380, stretch=450), _NOT_BEHIND),
+    ("attention", "4x4096x128", "backward"): (Goal("tflops", at_least=280, stretch=350), _NOT_BEHIND),
+    ("attention", "4x4096x64", "forward"): (_NOT_BEHIND,),
+    ("attention", "4x4096x64", "backward"): (_NOT_BEHIND,),
+    ("packed_attention", "4x4096x128", "both"): (Goal("vs_mask", at_least=4.0),),
 }
 """By op, size and pass, of the Triton kernel."""
 
 LOSS_HEAD: tuple[Goal, ...] = (Goal("memory_of_eager", at_most=0.25), _NOT_BEHIND)
 """Of `linear_cross_entropy`, forward and backward together."""
-LOSS_HEAD_SIZE = "llama3.2-1b"
+LOSS_HEAD_SIZE = "8192x2048"

@@ -31,6 +31,7 @@ from training.config import TrainConfig
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.errors import UserError
 
+OPS = tuple(CASES)
 WARMUP = 5
 CPU_TOKENS = 1024
 
@@ -64,19 +65,19 @@ def measure(options: OpsBench, console: Console) -> dict:
     """Time what was asked for, print a table an op and return (and write, where asked) the result."""
     command.check_at_least(options, repeats=1)
     command.check_writable(options.json)
-    ops = [op for op in CASES if options.op in op]
+    ops = [op for op in OPS if options.op in op]
     if not ops:
-        raise UserError(f"--op is {options.op!r}, which is in the name of no op that has a kernel: {', '.join(CASES)}")
+        raise UserError(f"--op is {options.op!r}, which is in the name of no op that has a kernel: {', '.join(OPS)}")
     for variant in options.variants:
         if variant not in VARIANTS:
             raise UserError(f"--variants is {variant!r}; allowed: {', '.join(VARIANTS)}")
     config = TrainConfig(device=options.device, dtype=options.dtype)
     config.check()
+    set_determinism(options.deterministic)
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     on_gpu = device.type == "cuda"
     asked = {name: size(name) for name in options.preset}
-    set_determinism(options.deterministic)
     if options.tune:
         result = tune.search_and_show(options.tune, asked, dtype, device, options.repeats, console)
         if options.json:

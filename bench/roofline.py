@@ -202,7 +202,8 @@ def measured_ops(config: TrainConfig, gpu: Gpu, results: list[Result]) -> dict[s
     for result in results:
         if result.bench == "ops" and result.gpu == gpu.name and result.data["dtype"] != "float32":
             for row in result.data["rows"]:
-                if (row["size"], row["pass"]) == (config.preset, "both") and "triton" in row["timings"]:
+                of_a_step = (row["size"], row["pass"]) == (config.preset, "both") and row["op"] in calls
+                if of_a_step and "triton" in row["timings"]:
                     newest[row["op"]] = row["timings"]["triton"]["us"] / 1000
     measured: dict[str, float] = {}
     if ("rms_norm" in newest) == ("add_rms_norm" in newest):  # half of the norms would be no figure of the norms

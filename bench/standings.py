@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from bench.archive import Result
 from bench.goals import LOSS_HEAD_SIZE
 from model.config import PRESETS
+from model.flops import parameters
 from training.config import defaults
 from training.errors import UserError
 
@@ -59,9 +60,12 @@ class Standings:
     # ------------------------------------------------------------------------------------------------------------ steps
 
     def steps(self, gpu: str, preset: str) -> dict[str, dict]:
-        """Figures by variant: ms, mfu, vs_compiled, peak_memory (bytes), date. Of the preset's own batch, deterministic."""
+        """Figures by variant, of the preset's own batch, deterministic: ms, mfu, vs_compiled, peak_memory (bytes), date.
+
+        Of fused also memory_of_unchunked, where that was measured.
+        """
         found = [s for s in self._steps.values() if (s.where, s.preset) == (gpu, preset) and s.plain_settings]
-        return found[-1].variants if found else {}
+        return _with_memory_ratio(found[-1].variants, preset) if found else {}
 
     def all_steps(self) -> list[Steps]:
         """Those of other batches and settings too."""
@@ -125,6 +129,16 @@ def _own_batch(data: dict) -> bool:
     return own == (data["micro_steps"], data["batch_size"], data["sequence_length"])
 
 
+def _with_memory_ratio(variants: dict[str, dict], preset: str) -> dict[str, dict]:
+    """With `memory_of_unchunked` of the fused step: what both need beyond parameters, gradients and moments, all float32."""
+    state = 16 * parameters(defaults(preset, "cpu"))
+    memory = [variants.get(name, {}).get("peak_memory") for name in ("fused", "unchunked")]
+    if not all(memory):
+        return variants
+    ratio = (memory[0] - state) / (memory[1] - state)
+    return variants | {"fused": variants["fused"] | {"memory_of_unchunked": ratio}}
+
+
 def _op_figures(timings: dict[str, dict], failed: dict[str, str]) -> dict:
     if "triton" not in timings:
         return {"failed": failed["triton"]} if "triton" in failed else {}
@@ -134,6 +148,8 @@ def _op_figures(timings: dict[str, dict], failed: dict[str, str]) -> dict:
     if peers:
         best = min(peers, key=peers.get)
         figures |= {"best": best, "vs_best": peers[best] / triton["us"]}
+    if "sdpa-mask" in peers:
+        figures["vs_mask"] = peers["sdpa-mask"] / triton["us"]
     return figures
 
 

@@ -27,11 +27,11 @@ def case_of(op):
 
 
 def results(function, case, arguments=()):
-    """Outputs and gradients; of an op that returns nothing, what it leaves in its arguments."""
+    """Outputs and gradients; of an op that returns nothing, the buffers that it leaves."""
     arguments = arguments or case.arguments
     outputs = function(*arguments, **case.keywords)
     if outputs is None:
-        return [x for x in arguments if x is not None]
+        return [x for x in arguments if x is not None and x.ndim]
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.manual_seed(1)
     upstream = [torch.randn(y.shape, device=y.device, dtype=y.dtype) for y in outputs]
@@ -43,8 +43,11 @@ def check_same(op, make, liger_arguments=False):
     expected = results(PEERS[op]["eager"].make(case_of(op)), case_of(op))
     case = case_of(op)
     actual = results(make(case), case, case.liger_arguments if liger_arguments else ())
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    if op == "adamw":  # one update moves a parameter by 1e-4, and weight decay by 1e-5 of itself
+        tolerance = {"rtol": 1e-6, "atol": 1e-6}
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, e, **tolerance)
 
 
 # ------------------------------------------------------------------------------------------------ they compute one thing
@@ -205,7 +208,7 @@ def test_liger_is_called_with_arguments_laid_out_for_it(monkeypatch):
     assert seen[0][0].is_contiguous()
 
 
-def test_the_case_without_a_half_precision_copy_is_an_update_too():
+def test_torchs_update_writes_the_copies_too():
     case = CASES["adamw"](replace(SMALL, vocab_size=300), torch.bfloat16, DEVICE)
     before = case.arguments[0].clone()
     Contender("adamw", "torch-fused", case)

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from bench import archive, charts, report
 from bench.archive import RESULTS
-from bench.goals import OPS, STEP, UNMEASURED, Goal
+from bench.goals import LOSS_HEAD_SIZE, OPS, STEP, UNMEASURED, Goal
 from bench.report import BEGIN, END, Report, main, readme_block, results_page, with_block
 from bench.standings import Standings
 from training.errors import UserError
@@ -164,9 +164,28 @@ def test_an_op_stands_against_the_copy_and_the_fastest_peer_and_names_those_that
     assert lines(block, "rms_norm | 8192x2048 | forward")[0] == f"{row} ≥ 90% of a copy: **missed**: 80% of a copy |"
 
 
+def test_packed_documents_stand_against_the_dense_mask(tmp_path):
+    us = {"copy": 10.0, "triton": 100.0, "flex": 90.0, "sdpa-mask": 450.0}
+    write_ops(tmp_path, op="packed_attention", size="4x4096x128", us=us)
+    row = lines(readme_block(archive.read(tmp_path)), "packed_attention | 4x4096x128 | both")[0]
+    assert "≥ 4.00x a dense mask: met: 4.50x a dense mask" in row
+
+
+def test_activations_stand_against_those_with_all_logits(tmp_path):
+    state = 16 * 8_483_616  # parameters, gradients and two moments of the reference
+    path = write_step(tmp_path)
+    data = json.loads(path.read_text())
+    memory = {"fused": state + 30, "compiled": state + 90, "unchunked": state + 100}
+    rows = [{"variant": name, "ms": 1.0, "peak_memory": n} for name, n in memory.items()]
+    path.write_text(json.dumps(data | {"rows": rows}))
+    steps = Standings(archive.read(tmp_path)).steps("H100 SXM", "reference")
+    assert steps["fused"]["memory_of_unchunked"] == 0.3
+    assert "memory_of_unchunked" not in steps["compiled"]
+
+
 def test_the_loss_head_stands_against_eager_by_its_memory(tmp_path):
     us = {"copy": 10.0, "triton": 2000.0, "eager": 4000.0, "F.linear_cross_entropy": 1900.0}
-    write_ops(tmp_path, op="linear_cross_entropy", size="llama3.2-1b", us=us, memory={"triton": 2, "eager": 10})
+    write_ops(tmp_path, op="linear_cross_entropy", size=LOSS_HEAD_SIZE, us=us, memory={"triton": 2, "eager": 10})
     row = lines(readme_block(archive.read(tmp_path)), "**Triton kernel**")[0]
     assert row.startswith("| **Triton kernel** | 2,000 | 2.00 |")
     assert "memory ≤ 25% of eager: met: 20% of eager" in row
