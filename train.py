@@ -177,8 +177,8 @@ def train(config: TrainConfig) -> None:
             if progress.skipped_in_a_row >= config.max_skipped_steps and not broke_down:
                 broke_down = (
                     f"step {step}: the loss or the gradient was not finite {progress.skipped_in_a_row} steps in a row "
-                    f"(--max-skipped-steps); loss {loss}, gradient norm {grad_norm}. Saved with the parameters before "
-                    "them; try a lower --learning-rate, or bisect with --kernels"
+                    f"(--max-skipped-steps); loss {loss}, gradient norm {grad_norm}. Saved with the parameters of the "
+                    "last good step; try a lower --learning-rate, or bisect with --kernels"
                 )
 
     steps = prefetch(load, progress.step, config.max_iters, device=device)

@@ -90,6 +90,7 @@ class _LossHead(torch.autograd.Function):
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad else None
         dweight = torch.zeros_like(weight, dtype=accumulate) if needs_grad else None
         rows = chunk_rows(hidden.shape[0], weight.shape[0], accumulate.itemsize)
+        classes = torch.arange(weight.shape[0], device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             h, target = hidden[start : start + rows], targets[start : start + rows]
             valid = target != ignore_index
@@ -99,9 +100,9 @@ class _LossHead(torch.autograd.Function):
             target_log_p = log_p.gather(1, index)
             loss_sum = loss_sum - torch.where(valid, target_log_p.squeeze(1), 0.0).sum()
             if needs_grad:
-                dlogits = log_p.exp_()
-                dlogits.scatter_(1, index, target_log_p.exp() - 1)
-                dlogits = torch.where(valid.unsqueeze(1), dlogits, 0.0).to(hidden.dtype)
+                # No scatter: torch.compile fuses this, and under deterministic algorithms nothing in it waits for the device.
+                dlogits = log_p.exp_().sub_((classes == index).to(torch.uint8))
+                dlogits = dlogits.masked_fill_(~valid.unsqueeze(1), 0.0).to(hidden.dtype)
                 dhidden[start : start + rows] = dlogits @ used_weight
                 dweight += _matmul_float32(dlogits.T, h, accumulate)
         ctx.save_for_backward(dhidden, dweight)

@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What cuBLAS asks for to be deterministic: torch reads it at the first product of a process and never again.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Models so small lose time with more threads, most of all beside another test process.
 torch.set_num_threads(1)
 

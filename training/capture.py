@@ -8,6 +8,7 @@ import torch
 class Captured:
     """`function`, which takes and returns nothing, as a CUDA graph from the third call on.
 
+    stream: where it is recorded, and run before that; of one model always the same, as autograd ties gradients to streams.
     function: reads and writes only tensors that stay where they are, and asks nothing of the device. Its first two calls run as
     they are: what is compiled, or allocated once and for all, then is. The third is recorded, in memory that the graph keeps, and
     replayed; the later ones are replayed. An error while recording says how to do without.
@@ -15,9 +16,9 @@ class Captured:
 
     WARMUP = 2
 
-    def __init__(self, function: Callable[[], None], device: torch.device):
+    def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream):
         self._function = function
-        self._stream = torch.cuda.Stream(device)  # one for all: autograd ties a gradient to the stream it was made on
+        self._stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
 

@@ -46,6 +46,7 @@ class Trainer:
         self.grad_clip = config.grad_clip
         self.world = world
         self.captures = config.capture and config.uses_triton() and self.device.type == "cuda" and world.size == 1
+        self._stream = torch.cuda.Stream(self.device) if self.captures else None
         # One graph for all layers: compiled layer by layer, each distinct selection of kernels would be a graph of its own.
         self.loss_sum = (
             torch.compile(self._loss_sum, fullgraph=True, dynamic=False) if config.compile else self._loss_sum
@@ -78,7 +79,7 @@ class Trainer:
                 tuple(x if x is None else torch.empty_like(x, device=self.device) for x in batch)
                 for batch in micro_batches
             ]
-            self._run = Captured(self._step, self.device) if self.captures else self._step
+            self._run = Captured(self._step, self._stream) if self.captures else self._step
         for batch, place in zip(micro_batches, kept, strict=True):
             for x, y in zip(batch, place, strict=True):
                 if x is not None:
