@@ -2,7 +2,7 @@
 
 `specialize` turns a launch that `kernels.launch.recorded` saw into what Triton's launcher would compile for it, by
 Triton's own binder: which arguments are constants, which are multiples of 16, which tensors are aligned. `build` compiles
-that and reads the result: the cubin with the `cuobjdump` that comes inside Triton, AMD's code in its assembly.
+that and reads the result: the cubin with the disassemblers that come inside Triton, AMD's code in its assembly.
 """
 
 import re
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from bench.disassembly import KINDS, Instruction, read_amdgcn, read_sass
 from kernels.launch import INTERPRETED, Launched, Target
 
 
@@ -38,6 +39,8 @@ class MachineCode:
     """Bytes of the widest store to global memory; 0 where there is none."""
     matrix: dict[str, int]
     """Matrix instructions in the code, by kind: HMMA, HGMMA (Hopper), UTCHMMA (tcgen05, Blackwell), MFMA (AMD)."""
+    instructions: dict[str, int]
+    """All instructions, by the kinds of `bench.disassembly`."""
     loads: dict[str, int]
     """Bytes of the narrowest load through each pointer argument that is loaded from."""
     stores: dict[str, int]
@@ -83,12 +86,17 @@ def specialize(launched: Launched, target: Target) -> Specialized:
     return Specialized(ASTSource(kernel, signature, constants, attributes), options, target)
 
 
-def build(specialized: Specialized) -> MachineCode:
-    """Compile, or take from Triton's cache, and read. Raises what Triton and its assemblers raise."""
+def compile_specialized(specialized: Specialized) -> Any:
+    """Triton's CompiledKernel, from its cache where it is there. Raises what Triton and its assemblers raise."""
     import triton
 
-    target = specialized.target
-    compiled = triton.compile(specialized.source, target=_gpu_target(target), options=vars(specialized.options))
+    target = _gpu_target(specialized.target)
+    return triton.compile(specialized.source, target=target, options=vars(specialized.options))
+
+
+def build(specialized: Specialized) -> MachineCode:
+    """Compile and read. Raises what Triton and its assemblers raise."""
+    target, compiled = specialized.target, compile_specialized(specialized)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     read = _read_cubin(compiled.asm["cubin"]) if target.backend == "cuda" else _read_amdgcn(compiled.asm["amdgcn"])
     pointers = [name for name, kind in specialized.source.signature.items() if kind != "constexpr"]
@@ -171,50 +179,48 @@ def _round_up(n: int, unit: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- disassembly
 
-_SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_SASS_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-_AMDGCN = re.compile(r"^\s+((?:global|buffer|flat)_(?:load|store)_\w+|v_s?mfma\w+)", re.MULTILINE)
-_AMDGCN_WIDTHS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+def disassemble(compiled: Any) -> list[Instruction]:
+    """The instructions of what `compile_specialized` gave, with branches and stacks."""
+    from triton import knobs
+
+    if "amdgcn" in compiled.asm:
+        return read_amdgcn(compiled.asm["amdgcn"])
+    text = _run_on(compiled.asm["cubin"], knobs.nvidia.nvdisasm.path, "-c", "-gp")
+    return read_sass(text, compiled.asm["ptx"])
 
 
 def _read_cubin(cubin: bytes) -> dict[str, Any]:
     from triton import knobs
 
+    text = _run_on(cubin, knobs.nvidia.cuobjdump.path, "-res-usage", "-sass")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"registers": int(registers), "stack": int(stack), **_summary(read_sass(text))}
+
+
+def _run_on(cubin: bytes, *command: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    widths, matrix = {"load": {0}, "store": {0}}, Counter()
-    for opcode in _SASS.findall(text):
-        name, *modifiers = opcode.split(".")
-        width = max((_SASS_WIDTHS.get(modifier, 0) for modifier in modifiers), default=0) or 4
-        if name in ("LDG", "LDGSTS"):  # to registers, and past them to shared memory
-            widths["load"].add(width)
-        elif name == "STG":
-            widths["store"].add(width)
-        elif name.endswith("MMA"):
-            matrix[name] += 1
-    return _read(int(registers), int(stack), widths, matrix)
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _read_amdgcn(text: str) -> dict[str, Any]:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
     stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
-    widths, matrix = {"load": {0}, "store": {0}}, Counter()
-    for opcode in _AMDGCN.findall(text):
-        if opcode.startswith("v_"):
-            matrix["MFMA"] += 1
-        else:
-            _, kind, size = opcode.split("_", 2)
-            widths[kind].add(_AMDGCN_WIDTHS.get(size) or (1 if "byte" in size else 2))
-    return _read(registers, stack, widths, matrix)
+    return {"registers": registers, "stack": stack, **_summary(read_amdgcn(text))}
 
 
-def _read(registers: int, stack: int, widths: dict[str, set[int]], matrix: Counter) -> dict[str, Any]:
-    widest = {f"widest_{kind}": max(found) for kind, found in widths.items()}
-    return {"registers": registers, "stack": stack, "matrix": dict(matrix), **widest}
+def _summary(instructions: list[Instruction]) -> dict[str, Any]:
+    kinds = Counter(x.kind for x in instructions)
+    matrix = Counter(
+        "MFMA" if "mfma" in x.opcode else x.opcode.split(".")[0] for x in instructions if x.kind == "matrix"
+    )
+    widest = {
+        f"widest_{verb}": max((x.width for x in instructions if x.kind == f"global {verb}"), default=0)
+        for verb in ("load", "store")
+    }
+    return {"matrix": dict(matrix), "instructions": {kind: kinds[kind] for kind in KINDS if kinds[kind]}, **widest}
 
 
 # ------------------------------------------------------------------------------------------------- accesses by argument
