@@ -12,9 +12,6 @@ LAYER_SWITCHES = ("rms_norm", "rope", "swiglu", "attention")
 OUT_SWITCHES = ("rms_norm", "linear_cross_entropy")
 SWITCHES = (*LAYER_SWITCHES, "linear_cross_entropy")
 
-# The switches that have a Triton kernel by now. tests/test_select.py holds this to what kernels.TRITON really has.
-TRITON_SWITCHES = ("rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy")
-
 
 def attention_serves(head_dim: int) -> bool:
     """Whether the attention kernel takes this head dim; said here, where an option is checked before torch is imported."""
@@ -24,8 +21,8 @@ def attention_serves(head_dim: int) -> bool:
 def parse(spec: str, n_layers: int) -> list[frozenset[str]]:
     """Switches that `spec` turns to Triton at each place: `n_layers` layers, then `out`.
 
-    Raises ValueError, naming the item and what is allowed, for an unknown switch, one without a Triton kernel, a place that
-    is out of range or reversed, an op named where it does not occur, and an empty item.
+    Raises ValueError, naming the item and what is allowed, for an unknown switch, a place that is out of range or reversed, an op
+    named where it does not occur, and an empty item.
     """
     occurs = [frozenset(LAYER_SWITCHES)] * n_layers + [frozenset(OUT_SWITCHES)]
     chosen = [frozenset()] * (n_layers + 1)
@@ -53,15 +50,12 @@ def parse(spec: str, n_layers: int) -> list[frozenset[str]]:
 def _named(item: str, word: str, n_layers: int) -> frozenset[str]:
     """Switches that one item speaks of."""
     if word == "all":
-        return frozenset(TRITON_SWITCHES)
+        return frozenset(SWITCHES)
     if word == "none":
         return frozenset(SWITCHES)
     switch = word.removeprefix("-")
     if switch not in SWITCHES:
         raise ValueError(f"kernels item {item!r}: unknown switch {switch!r}; allowed: {_allowed(n_layers)}")
-    if switch == word and switch not in TRITON_SWITCHES:
-        have = ", ".join(TRITON_SWITCHES) or "none yet"
-        raise ValueError(f"kernels item {item!r}: {switch} has no Triton kernel yet; those that have one: {have}")
     return frozenset((switch,))
 
 

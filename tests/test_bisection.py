@@ -6,17 +6,9 @@ from hypothesis import strategies as st
 
 from bench.bisection import bisect, spell, union, without
 from kernels import grammar
-from kernels.grammar import SWITCHES, parse
+from kernels.grammar import parse
 
 N_LAYERS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def every_switch():
-    """As if each switch had its Triton kernel, whatever is built by now."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "TRITON_SWITCHES", SWITCHES)
-        yield
 
 
 def selection(spec, n_layers=N_LAYERS):

@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
-from kernels import grammar
-from kernels.grammar import LAYER_SWITCHES, OUT_SWITCHES, SWITCHES, TRITON_SWITCHES, parse
+from kernels.grammar import LAYER_SWITCHES, OUT_SWITCHES, SWITCHES, parse
 
 OP_NAMES = [field.name for field in fields(kernels.Ops)]
 N_LAYERS = 4
-LAYER_TRITON = [switch for switch in LAYER_SWITCHES if switch in TRITON_SWITCHES]
-
-
-@pytest.fixture
-def every_switch(monkeypatch):
-    """As if each switch had its Triton kernel, whatever is built by now."""
-    monkeypatch.setattr(grammar, "TRITON_SWITCHES", SWITCHES)
 
 
 # -------------------------------------------------------------------------------------------------------------- grammar
@@ -64,9 +56,7 @@ def valid_items(draw):
 @given(items=st.lists(valid_items(), min_size=1, max_size=6), blank=st.sampled_from(["", " ", "\t "]))
 def test_a_selection_means_what_its_items_say_in_order(items, blank):
     spec = ",".join(blank + word + (f"{blank}@{blank}{place}" if place else "") + blank for word, place in items)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "TRITON_SWITCHES", SWITCHES)
-        assert parse(spec, N_LAYERS) == by_hand(items, N_LAYERS)
+    assert parse(spec, N_LAYERS) == by_hand(items, N_LAYERS)
 
 
 @given(spec=st.text(alphabet="alnoeropsw_igutk@-,0129 \t٣²", max_size=20), n_layers=st.integers(1, 12))
@@ -99,7 +89,6 @@ def test_any_text_is_a_selection_or_a_value_error(spec, n_layers):
         ("rope@00", [{"rope"}, set(), set()], set()),
     ],
 )
-@pytest.mark.usefixtures("every_switch")
 def test_examples(spec, layers, out):
     assert parse(spec, 3) == [*layers, out]
 
@@ -146,32 +135,22 @@ def test_examples(spec, layers, out):
         ("-linear_cross_entropy@0-2", "linear_cross_entropy does not occur at layer 0"),
     ],
 )
-@pytest.mark.usefixtures("every_switch")
 def test_each_mistake_is_named_with_what_is_allowed(spec, message):
     with pytest.raises(ValueError, match="kernels") as caught:
         parse(spec, 3)
     assert message in str(caught.value)
 
 
-def test_the_last_layer_of_a_model_of_one_is_layer_0(every_switch):
+def test_the_last_layer_of_a_model_of_one_is_layer_0():
     assert parse("rope@0", 1) == [{"rope"}, set()]
     with pytest.raises(ValueError, match="allowed: 0 to 0"):
         parse("rope@1", 1)
 
 
-def test_a_switch_without_a_kernel_is_an_error_by_name_and_left_out_of_all(monkeypatch):
-    monkeypatch.setattr(grammar, "TRITON_SWITCHES", ("rope",))
-    assert parse("all", 1) == [{"rope"}, set()]
-    assert parse("all,-swiglu", 1) == [{"rope"}, set()]  # off is where it is already
-    with pytest.raises(ValueError, match="swiglu has no Triton kernel yet; those that have one: rope"):
-        parse("swiglu@0", 1)
-
-
 # --------------------------------------------------------------------------------------------------------------- select
 
 
-def test_the_switches_that_the_grammar_offers_are_those_that_have_kernels():
-    assert set(TRITON_SWITCHES) == set(SWITCHES)
+def test_the_switches_are_the_ops():
     assert set(OP_NAMES) == {*SWITCHES, "add_rms_norm"}
 
 
@@ -184,16 +163,16 @@ def test_without_a_switch_every_place_is_torch():
     assert kernels.select("none", 3) == [kernels.TORCH] * 4
 
 
-def test_all_is_triton_wherever_an_op_occurs_and_has_a_kernel():
+def test_all_is_triton_wherever_an_op_occurs():
     *layers, out = kernels.select("all", 2)
     for op in OP_NAMES:
         switch = "rms_norm" if op == "add_rms_norm" else op
         for here, occurring in [(layers[0], LAYER_SWITCHES), (layers[1], LAYER_SWITCHES), (out, OUT_SWITCHES)]:
-            turned = switch in occurring and switch in TRITON_SWITCHES
+            turned = switch in occurring
             assert getattr(here, op) is getattr(kernels.TRITON if turned else kernels.TORCH, op)
 
 
-@pytest.mark.parametrize("switch", LAYER_TRITON)
+@pytest.mark.parametrize("switch", LAYER_SWITCHES)
 def test_a_switch_turns_its_ops_and_no_other(switch):
     ops = kernels.select(f"{switch}@1", 2)
     turned = {"rms_norm", "add_rms_norm"} if switch == "rms_norm" else {switch}
