@@ -10,6 +10,7 @@ read and added in a pass of its own.
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import NAMESPACE
 
@@ -56,16 +57,30 @@ class _MixedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dy_t, x = dy.flatten(0, -2).T, x.flatten(0, -2)
             if ctx.gradient_sum is None:
-                dw = torch.zeros(dy_t.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
-            add_product(dw if ctx.gradient_sum is None else ctx.gradient_sum, dy_t, x)
+                dw = _product(dy_t, x)
+            else:
+                add_product(ctx.gradient_sum, dy_t, x)
         return dx, dw, None, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A @ b (M, N) in float32 throughout, of half-precision a (M, K) and b (K, N)."""
+    if a.device.type == "cpu":  # only cuBLAS writes float32 from half-precision operands
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 # Opaque to torch.compile, which would take it apart into a product and an addition.
 @torch.library.custom_op(f"{NAMESPACE}::add_product", mutates_args=("total",))
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b, of half-precision a (M, K) and b (K, N), to `total` (M, N) float32, in place and in float32 throughout."""
-    if a.device.type == "cpu":  # only cuBLAS writes float32 from half-precision operands
+    if a.device.type == "cpu":
         total.addmm_(a.float(), b.float())
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@register_flop_formula(torch.ops.triton_llama.add_product)
+def _flops(total_shape, a_shape, b_shape, *_, **__) -> int:
+    """For `torch.utils.flop_counter`: 2 M N K."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]

@@ -10,6 +10,7 @@ import kernels
 from model import Llama, LlamaConfig
 from model.config import preset
 from model.flops import flops_per_token, matmul_parameters, parameters, step_costs
+from training.flat import FlatParameters
 
 TINY = LlamaConfig(vocab_size=512, max_seq_len=64, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96)
 
@@ -25,6 +26,18 @@ def test_matrix_products_agree_with_the_flop_counter(tie, dtype):
     counted = {str(op).removeprefix("aten."): n for op, n in counter.get_flop_counts()["Global"].items()}
     products = sum(n for op, n in counted.items() if op in ("mm", "addmm", "bmm"))
     assert products == 3 * 64 * 6 * matmul_parameters(config)
+
+
+def test_the_flop_counter_sees_the_products_of_a_training_step_too():
+    model = Llama(TINY, kernels.select("none", 2), torch.bfloat16)
+    tokens = torch.zeros(3, 64, dtype=torch.int64)
+    counted = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens).backward()
+        counted.append(counter.get_total_flops())
+        FlatParameters(model)  # from here on products add to its gradients
+    assert counted[0] == counted[1] > 0
 
 
 def test_attention_term_agrees_with_the_flop_counter():
