@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> None:
     from model import Llama, flops
     from training import distributed, hardware, profiling, state
     from training.batches import Batches, prefetch
-    from training.device import memory_name, resolve_device, resolve_dtype, seed_run, seed_step, set_determinism
+    from training.device import name_of, resolve_device, resolve_dtype, seed_run, seed_step, set_determinism
     from training.evaluation import Evaluation
     from training.metrics import Metrics, StepRecord
     from training.plot import draw_loss_curve
@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> None:
     set_determinism(config.deterministic)
     world = distributed.join(config)
     device = resolve_device(config, world.local_rank)
-    device_name = memory_name(device)
+    device_name = name_of(device)
     dtype = resolve_dtype(config, device)
     dtype_name = str(dtype).removeprefix("torch.")
     out_dir = Path(config.out_dir)

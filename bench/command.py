@@ -15,14 +15,20 @@ from training.errors import UserError
 
 def run(options_class: type, description: str, body: Callable[[Any, Console], object]) -> None:
     """Parse the command line into `options_class` and call `body`. Status 2 for a user's mistake, 130 after Ctrl-C."""
-    options = tyro.cli(options_class, description=description)
+    options = tyro.cli(options_class, description=description, prog=program())
     try:
         body(options, terminal())
     except UserError as error:
-        fail(error)
+        fail(error, program())
     except KeyboardInterrupt:
         print("stopped; what was measured so far is kept", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def program() -> str:
+    """What to type to run this command: `python -m bench.step`."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def terminal() -> Console:

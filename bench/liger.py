@@ -1,4 +1,4 @@
-"""Liger-Kernel's ops, under the signatures of `kernels.Ops`: an optional peer, `pip install 'triton-llama[bench]'`.
+"""Liger-Kernel's ops, under the signatures of `kernels.Ops`: an optional peer, `pip install '.[bench]'`.
 
 https://github.com/linkedin/Liger-Kernel, 0.8.5 or newer. Each is called with the defaults that Liger itself calls it with
 in a Llama; some of them write into what they are given: rope into dense q and k and into the upstream gradients,

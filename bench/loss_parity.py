@@ -143,7 +143,7 @@ def _train(
         model = Llama(config.shape(), kernels.select(spec, config.n_layers), dtype)
     if name.startswith("nudged"):
         nudge(model, int(name.removeprefix("nudged-")))
-    trainer = Trainer(model, config, World())
+    trainer = Trainer(model, replace(config, kernels=spec), World())  # which captures steps where there are kernels
     valid = batches.sequences_per_step * batches.sequence_length
 
     def load(step: int) -> list[Batch]:

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import machine_code_diff, machine_code_show
+from bench import command, machine_code_diff, machine_code_show
 from bench.build import MachineCode
 from bench.machine_code_rows import WIDE, Row, record, sizes, tile
 from bench.measure import environment, write_json
@@ -187,11 +187,11 @@ def main() -> int:
     if "TRITON_INTERPRET" in os.environ:  # kernels that were defined in the interpreter cannot be compiled
         environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         os.execve(sys.executable, [sys.executable, "-m", "bench.machine_code", *sys.argv[1:]], environ)
-    options = tyro.cli(MachineCodeOptions, description=MachineCodeOptions.__doc__)
+    options = tyro.cli(MachineCodeOptions, description=MachineCodeOptions.__doc__, prog=command.program())
     try:
         return run(options, Console(width=None if sys.stdout.isatty() else 200))
     except UserError as error:
-        fail(error)
+        fail(error, command.program())
     except KeyboardInterrupt:
         return 130
 

@@ -1,6 +1,6 @@
 """What `bench.machine_code` builds: the launches of every op at the sizes of a preset, written down with no GPU.
 
-A new kernel is one more line in `CASES`.
+A new kernel is one more line in `CASES`, after its entry in `bench.op_cases`.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,12 +34,6 @@ def _measured(case: str, op: str | None = None) -> Callable[[TrainConfig], Any]:
     return run
 
 
-def _rope_qkv(c: TrainConfig) -> Any:
-    packed = _tensor(c.batch_size, c.max_seq_len, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
-    cos, sin = (_tensor(c.max_seq_len, c.head_dim // 2, dtype=torch.float32).detach() for _ in range(2))
-    return kernels.TRITON.rope_qkv(packed, cos, sin, c.n_heads, c.n_kv_heads)
-
-
 def _linear_cross_entropy(c: TrainConfig) -> Any:
     rows = c.batch_size * c.max_seq_len
     hidden, weight = _tensor(rows, c.dim), _tensor(c.vocab_size, c.dim, dtype=torch.float32)
@@ -60,7 +54,7 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "rms_norm": _measured("rms_norm"),
     "add_rms_norm": _measured("add_rms_norm"),
     "rope": _measured("rope"),
-    "rope_qkv": _rope_qkv,
+    "rope_qkv": _measured("rope_qkv"),
     "swiglu": _measured("swiglu"),
     "attention": _measured("attention"),
     "packed_attention": _measured("packed_attention", "attention"),

@@ -67,6 +67,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "rms_norm": _ROWS,
     "add_rms_norm": _ROWS,
     "rope": _ROWS,
+    "rope_qkv": _ROWS,
     "swiglu": _ROWS,
     "attention": (*HEADS, *PRESETS),
     "packed_attention": tuple(HEADS),
@@ -138,6 +139,16 @@ def _rope(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
     dense = tuple(x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k))
     shape = f"{c.batch_size * c.max_seq_len} x ({heads} + {kv_heads}) x {width}"
     return Case(shape, (q, k, cos, sin), _moved(n_bytes, n_bytes), liger_arguments=(*dense, cos, sin))
+
+
+def _rope_qkv(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
+    heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
+    packed = (c.batch_size, c.max_seq_len, (heads + 2 * kv_heads) * width)
+    qkv = torch.randn(packed, dtype=dtype, device=device, requires_grad=True)
+    cos, sin = (torch.rand(c.max_seq_len, width // 2, device=device) for _ in range(2))
+    turned, tables = qkv.nbytes * (heads + kv_heads) // (heads + 2 * kv_heads), cos.nbytes + sin.nbytes
+    shape = f"{c.batch_size * c.max_seq_len} x ({heads} + 2 x {kv_heads}) x {width}"
+    return Case(shape, (qkv, cos, sin, heads, kv_heads), _moved(2 * turned + tables, 2 * qkv.nbytes + tables))
 
 
 def _packed_heads(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -223,6 +234,7 @@ CASES: dict[str, Callable[[TrainConfig, torch.dtype, torch.device], Case]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,
+    "rope_qkv": _rope_qkv,
     "swiglu": _swiglu,
     "attention": _attention,
     "packed_attention": _packed_attention,

@@ -195,6 +195,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     op: _twins(getattr(kernels.TORCH, op)) | _liger(op) | _kernel(getattr(kernels.TRITON, op))
     for op in ("rms_norm", "add_rms_norm", "rope", "swiglu")
 }
+PEERS["rope_qkv"] = _twins(kernels.TORCH.rope_qkv) | _kernel(kernels.TRITON.rope_qkv)
 PEERS["attention"] = {
     **_twins(kernels.TORCH.attention),
     "sdpa-flash": Peer(_always(sdpa(SDPBackend.FLASH_ATTENTION))),

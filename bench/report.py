@@ -20,7 +20,13 @@ from training.errors import UserError
 ROOT = archive.RESULTS.parent.parent
 BEGIN, END = "<!-- results: written by python -m bench.report -->", "<!-- end of results -->"
 
-VARIANTS = {"plain": "plain, eager", "compiled": "plain, compiled", "fused": "**fused**", "liger": "Liger's ops"}
+VARIANTS = {
+    "plain": "plain, eager",
+    "compiled": "plain, compiled",
+    "fused": "**fused**",
+    "liger": "Liger's ops, eager",
+    "liger-compiled": "Liger's ops, compiled",
+}
 
 LOSS_HEADS = {
     "triton": "**Triton kernel**",
@@ -107,6 +113,8 @@ def readme_block(results: list[Result]) -> str:
     for gpu in dict.fromkeys([GPU, *standings.gpus]):
         parts += [
             f"**A training step on {gpu}** (bfloat16, deterministic; `python -m bench.step --preset PRESET`)\n",
+            "fused: every kernel, `--optimizer fused-adamw` and one CUDA graph a step; compiled: `torch.compile`, torch's AdamW, "
+            "no graph. What the graph alone gives: variant `fused-uncaptured`.\n",
             step_table(standings, gpu),
             f"**Each op on {gpu}** (`python -m bench.ops --op OP`)\n",
             ops_table(standings, gpu),
@@ -115,8 +123,9 @@ def readme_block(results: list[Result]) -> str:
             loss_head_table(standings, gpu),
         ]
     parts.append(
-        "`python -m bench.all --minutes 60` measures all of this on the GPU you have, and `python -m bench.report` writes it here; "
-        "more of it, with charts: [bench/RESULTS.md](bench/RESULTS.md).\n"
+        "us: median, cold cache; of a copy: the time of a copy of the bytes that must move, over the op's; vs: above 1 is faster. "
+        "`python -m bench.all --minutes 120` measures all of this on the GPU you have, and `python -m bench.report` writes "
+        "it here; more of it, with charts: [bench/RESULTS.md](bench/RESULTS.md).\n"
     )
     return "\n".join(parts)
 
@@ -172,6 +181,9 @@ def _goals(goals: tuple[Goal, ...], figures: dict, gpu: str) -> str:
     if gpu != GPU:
         return ""
     verdicts = [f": {goal.verdict(figures.get(goal.figure))}" if figures else "" for goal in goals]
+    if figures.get("absent"):
+        caveats = [" (not all peers ran)" if goal.figure == "vs_best" else "" for goal in goals]
+        verdicts = [verdict + caveat for verdict, caveat in zip(verdicts, caveats, strict=True)]
     return "; ".join(goal.text + verdict for goal, verdict in zip(goals, verdicts, strict=True))
 
 

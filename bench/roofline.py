@@ -10,10 +10,11 @@ the causal half, and 7 products for 6. Ceilings are the datasheet's (training/ha
 bench/results/ has them, or those of the options.
 
 A second table counts, without a GPU, the launches of a step and the bytes of their tensors (bench/launches.py): plain PyTorch in
-eager mode, the Triton kernels, and the floor. What stands there above the floor is waste: bytes that some other arrangement of the
-same step would not move.
+eager mode, the Triton kernels, and the floor. What stands there above the floor is waste, bytes that some other arrangement of the
+same step would not move, but for the zeroing of the gradients and their reading by the norm, which the floor leaves out.
 """
 
+import difflib
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,9 @@ from training.config import TrainConfig, defaults
 from training.errors import UserError
 from training.hardware import GPUS, Gpu
 
-EXECUTED = {"attention": 7 / 12}
-"""FLOPs that are computed for each that MFU counts: half the keys, and the scores once more in the backward."""
+NEEDED = {"attention": 7 / 12}
+"""FLOPs that must be computed for each that MFU counts: half the keys, and the scores once more in the backward. The kernels here,
+whose backward computes them twice, do 9/12."""
 
 LARGE = 2**28
 """Bytes of a copy that says how fast the memory is: what a smaller one writes may still lie in the cache when it ends."""
@@ -105,7 +107,9 @@ def measure(options: Roofline, console: Console) -> dict:
 def _gpu(name: str) -> Gpu:
     known = {gpu.name: gpu for gpu in GPUS}
     if name not in known:
-        raise UserError(f"--gpu is {name!r}; allowed: {', '.join(known)}")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"--gpu is {name!r}; {meant}allowed: {', '.join(known)}")
     return known[name]
 
 
@@ -150,7 +154,7 @@ def floor(config: TrainConfig, ceilings: Ceilings) -> dict:
     rows: dict[tuple[str, str], dict] = {}
     for cost in kernel_costs(config.shape(), config.batch_size, micro_steps):
         row = rows.setdefault((cost.op, cost.part), {"op": cost.op, "part": cost.part})
-        flops = cost.flops * EXECUTED.get(cost.op, 1)
+        flops = cost.flops * NEEDED.get(cost.op, 1)
         matrix, memory = 1000 * flops / ceilings.matmul, 1000 * cost.bytes / ceilings.copy
         figures = {"flops": flops, "bytes": cost.bytes, "ms_matrix": matrix, "ms_memory": memory}
         for name, value in (figures | {"ms": max(matrix, memory)}).items():
@@ -197,7 +201,7 @@ def measured_ops(config: TrainConfig, gpu: Gpu, results: list[Result]) -> dict[s
         return {}
     layers = config.n_layers
     calls = {"rms_norm": 1, "add_rms_norm": 2 * layers, "linear_cross_entropy": 1}
-    calls |= dict.fromkeys(("rope", "swiglu", "attention"), layers)
+    calls |= dict.fromkeys(("rope_qkv", "swiglu", "attention"), layers)  # rope as a step has it, of a packed qkv
     newest: dict[str, float] = {}
     for result in results:
         if result.bench == "ops" and result.gpu == gpu.name and result.data["dtype"] != "float32":

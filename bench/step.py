@@ -22,7 +22,7 @@ from bench.step_variants import PEERS, PER_OP, VARIANTS, make_step, why_absent
 from model import flops
 from training import hardware
 from training.config import TrainConfig, defaults
-from training.device import memory_name, resolve_device, resolve_dtype, set_determinism
+from training.device import name_of, resolve_device, resolve_dtype, set_determinism
 from training.errors import UserError
 
 # Above this, models are not held side by side: parameters, gradients and moments are 16 bytes a parameter each time.
@@ -37,7 +37,7 @@ class StepBench:
     preset: str = "reference"
     """Shape and batch, as in train.py."""
     variants: list[str] = field(default_factory=list)
-    """What to time, of bench/step_variants.py; empty: plain and compiled, and where there is a GPU fused and Liger's."""
+    """What to time, of bench/step_variants.py; empty: plain and compiled, and where there is a GPU fused and Liger's ops."""
     per_op: bool = False
     """Also each kernel alone on and each alone off."""
     batch_size: int = 0
@@ -83,11 +83,14 @@ def measure(options: StepBench, console: Console) -> dict:
     dtype = resolve_dtype(config, device)
     variants = list(options.variants)
     if not variants:
-        variants = ["plain", "compiled"] + (["fused", "liger"] if device.type == "cuda" else [])
+        variants = ["plain", "compiled"] + (["fused", "liger", "liger-compiled"] if device.type == "cuda" else [])
     variants = list(dict.fromkeys([*variants, *(PER_OP if options.per_op else ())]))
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"--variants is {variant!r}; allowed: {', '.join(VARIANTS)}")
+    if all(why_absent(variant, device) for variant in variants):
+        reasons = ", ".join(f"{variant}: {why_absent(variant, device)}" for variant in variants)
+        raise UserError(f"--variants: none of them can run on {device} ({reasons})")
     if device.type != "cuda":
         console.print("no GPU here: the CPU is timed, MFU is n/a, and nothing of this says how fast a GPU is")
 
@@ -188,7 +191,7 @@ def figures(timing: Timing, config: TrainConfig, device: torch.device, dtype: to
         "repeats": timing.repeats,
         "tokens_per_second": rate,
         "tflops": rate * flops_per_token / 1e12,
-        "mfu": hardware.mfu(flops_per_token, rate, memory_name(device), str(dtype).removeprefix("torch.")),
+        "mfu": hardware.mfu(flops_per_token, rate, name_of(device), str(dtype).removeprefix("torch.")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama of equal size: an optional peer, `pip install 'triton-llama[bench]'` (transformers 5 or newer)."""
+"""Hugging Face's Llama of equal size: an optional peer, `pip install '.[bench]'` (transformers 5 or newer)."""
 
 import torch
 import torch.nn.functional as F

@@ -53,6 +53,8 @@ def _named(item: str, word: str, n_layers: int) -> frozenset[str]:
         return frozenset(SWITCHES)
     if word == "none":
         return frozenset(SWITCHES)
+    if word in ("-all", "-none"):
+        raise ValueError(f"kernels item {item!r}: all and none take no -; to turn all off, write none")
     switch = word.removeprefix("-")
     if switch not in SWITCHES:
         raise ValueError(f"kernels item {item!r}: unknown switch {switch!r}; allowed: {_allowed(n_layers)}")

@@ -33,9 +33,9 @@ Memory beyond the arguments, at its largest, for a chunk of R rows (see `chunk_r
     backward   4 (N D + V D) + e N D            + e V D for a weight of e bytes, + 4 V D where the graph is retained
 
 A float32 gradient is multiplied by c in place, unless its graph is retained, since nobody else can see it. At N 8192, D
-2048, V 128256 in bfloat16, R is 1664 and these are 1.54 and 1.15 GB (1.68 for a bfloat16 weight, whose gradient is rounded
-beside the sum). `F.cross_entropy(hidden @ weight.T, targets)` holds three tensors of the size of the logits when it
-differentiates log-softmax: 6.30 GB.
+2048, V 128256 in bfloat16, R is 1664 and by these formulas they are 1.54 and 1.15 GB (1.68 for a bfloat16 weight,
+whose gradient is rounded beside the sum). `F.cross_entropy(hidden @ weight.T, targets)` holds three tensors of the size
+of the logits when it differentiates log-softmax: 6.30 GB.
 """
 
 import torch

@@ -24,9 +24,9 @@ Bytes for M rows of width D in e bytes an element, each read and written once; r
       backward      summed, dy, dsummed         dx, which is dresidual too  4 e M D
 
 Rows are independent but for dweight. There each of a fixed number of programs walks over the rows, adds up a float32
-row of its own and writes it; PyTorch's sum adds those rows. It is deterministic, its input is a few hundred rows, and
-Inductor folds the cast and the accumulation into `.grad` into it, which it could not do to a kernel of ours. Past 8192
-columns a row no longer fits into registers: it is walked in blocks of columns, twice, the second time from the cache.
+row of its own and writes it; PyTorch's sum adds those rows. It is deterministic, its input is a few hundred to two
+thousand rows, and Inductor folds the cast and the accumulation into `.grad` into it, which it could not do to a kernel of ours.
+Past 8192 columns a row no longer fits into registers: it is walked in blocks of columns, twice, the second time from the cache.
 """
 
 import torch

@@ -63,7 +63,7 @@ def kernel_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activa
       swiglu     2F read, F written | F and 2F read, 2F written
       attention  q, k, v, o | q, k, v, o, do, dq, dk, dv, and the float32 log-sum-exp written and read
       loss head  a linear map, and between its products each chunk's logits are read and rewritten as their gradient
-      optimizer  p, g, m, v read, p, m, v written, and in half precision the copy of the matrices, once a step
+      optimizer  p, g, m, v read, p, m, v written, and in half precision the copies of the matrices and the head, once a step
     """
     a = activation_bytes
     tokens = micro_batch * config.max_seq_len
@@ -90,6 +90,6 @@ def kernel_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activa
         *products("linear_cross_entropy", "products", dim, vocab, 1),
         Cost("linear_cross_entropy", 0, tokens * vocab * 2 * a, "softmax"),
     ]
-    copies = sum(layers * i * o * a for i, o in linears.values()) if a < FLOAT32 else 0
+    copies = matmul_parameters(config) * a if a < FLOAT32 else 0
     update = Cost("optimizer", 0, 7 * parameters(config) * FLOAT32 + copies)
     return [Cost(c.op, c.flops * micro_steps, c.bytes * micro_steps, c.part) for c in micro_step] + [update]

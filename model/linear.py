@@ -4,8 +4,8 @@ forward   y  = x W'^T            W' is the compute-dtype copy of W, written once
 backward  dx = dy W'             in the compute dtype
           dW = dy^T x            sums and result in float32, never rounded to the compute dtype
 
-In training dW goes straight to where the gradients of a step are summed: the product adds to what is there, and no dW is written,
-read and added in a pass of its own.
+In half precision dW goes straight to where a training step sums its gradients: the product adds to what is there, and no dW is
+written, read and added in a pass of its own. In float32 autograd adds it.
 """
 
 import torch
@@ -20,7 +20,7 @@ class Linear(nn.Module):
 
     `weight` (out, in) is the float32 parameter. In half precision the forward pass reads `compute_weight`, a copy that
     `Llama.refresh_compute_weights` writes; it is not saved with the model. `gradient_sum` (out, in), float32, takes the gradient
-    of the weight in autograd's stead where a trainer has set it; autograd then gives the weight none.
+    of the weight in autograd's stead where a trainer has set it (not in float32); autograd then gives the weight none.
     """
 
     def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype):

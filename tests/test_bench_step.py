@@ -100,7 +100,7 @@ def test_transformers_llama_has_as_many_parameters_and_trains():
 
 
 def test_figures_by_hand(monkeypatch):
-    monkeypatch.setattr(step, "memory_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(step, "name_of", lambda device: "NVIDIA H100 80GB HBM3")
     figures = step.figures(Timing(0.5, 0.4, 0.7, 5), step.defaults("reference"), CPU, torch.bfloat16)
     flops_per_token = 6 * (8 * (288 * 576 + 288 * 288 + 3 * 288 * 768) + 4096 * 288) + 12 * 8 * 8 * 36 * 256
     rate = 4 * 128 * 256 / 0.5
@@ -191,6 +191,10 @@ def test_large_models_are_held_one_at_a_time_and_written_as_they_are_done(tiny, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"variants": ["fused"], "device": "cpu"},
+            r"--variants: none of them can run on cpu .fused: no GPU.",
+        ),
         (
             {"variants": ["fast"]},
             "--variants is 'fast'; allowed: reference, reference-compiled, plain, compiled, fused",

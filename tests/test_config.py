@@ -416,6 +416,12 @@ def test_the_fused_optimizer_without_a_gpu_is_refused_by_its_name(words, message
     assert parse(words).uses_triton()
 
 
+@pytest.mark.parametrize("words", [["--kernels=-rope@0,swiglu"], ["--kernels", "-rope@0,swiglu"]], ids=len)
+def test_a_selection_may_begin_with_a_dash(words, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert parse(["--fused", *words]).kernel_spec == "all,-rope@0,swiglu"
+
+
 def test_a_selection_that_comes_to_nothing_needs_no_gpu():
     assert not parse(["--fused", "--kernels=none"]).uses_triton()
 

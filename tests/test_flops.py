@@ -74,7 +74,7 @@ def test_costs_of_a_step_by_hand():
         gradient_of_weight = (m * o + m * i) * 2 + i * o * (4 + 4)  # the float32 gradient is read and written
         by_hand += forward + gradient_of_input + gradient_of_weight
     assert costs["linear"].bytes == 3 * by_hand
-    assert costs["optimizer"].bytes == 7 * 4 * parameters(config) + 2 * (8 * 16 + 8 * 8 + 8 * 32 + 16 * 8)
+    assert costs["optimizer"].bytes == 7 * 4 * parameters(config) + 2 * (8 * 16 + 8 * 8 + 8 * 32 + 16 * 8 + 256 * 8)
     assert costs["linear"].flops + costs["linear_cross_entropy"].flops == 3 * m * 6 * matmul_parameters(config)
     total = sum(cost.flops for cost in costs.values())
     assert total == 3 * m * flops_per_token(config)

@@ -146,8 +146,8 @@ def test_a_gpu_that_is_not_there_is_named(run, monkeypatch):
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        refused(call(generate, [str(folder)]), f"there is no checkpoint 'last' in {folder}, which holds no checkpoint")
+    for folder, found in ((tmp_path, "holds no checkpoint"), (tmp_path / "missing", "is no folder")):
+        refused(call(generate, [str(folder)]), f"there is no checkpoint 'last' in {folder}, which {found}")
 
 
 def test_a_damaged_checkpoint_is_named(run, tmp_path):

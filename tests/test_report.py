@@ -88,7 +88,7 @@ def test_with_no_results_every_goal_has_a_row_that_is_marked_unmeasured():
     block = readme_block([])
     for preset in STEP:
         rows = lines(block, f"{preset} |")
-        assert len(rows) == 4
+        assert len(rows) == 5
         assert all(UNMEASURED in row for row in rows)
     for op, size, direction in OPS:
         assert all(UNMEASURED in row for row in lines(block, f"{op} | {size} | {direction}"))

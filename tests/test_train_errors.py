@@ -22,9 +22,13 @@ BEFORE_TORCH = [
     ("--dim 120", 2, "odd head dim, 15"),
     ("--vocab-size 255", 2, "--vocab-size is 255; it must be from 256"),
     ("--kernels foo", 2, "unknown switch 'foo'; allowed: all, none"),
-    ("--fused --device cpu", 2, "Leave it off for plain PyTorch (--kernels none), or set TRITON_INTERPRET=1"),
+    (
+        "--fused --device cpu",
+        2,
+        "Leave it off for plain PyTorch (--kernels none, --optimizer adamw), or set TRITON_INTERPRET=1",
+    ),
     ("--config nowhere.toml", 2, "nowhere.toml could not be read: No such file"),
-    ("--init-from resume --out-dir nowhere", 2, "there is no checkpoint 'last' in nowhere, which holds no checkpoint"),
+    ("--init-from resume --out-dir nowhere", 2, "there is no checkpoint 'last' in nowhere, which is no folder"),
     (f"--out-dir {__file__}/out", 2, "cannot be written: Not a directory"),
 ]
 

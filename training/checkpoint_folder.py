@@ -30,8 +30,9 @@ def find(out_dir: str | Path, which: str = "last") -> Path:
             if folder.is_dir():
                 return folder
     held = ", ".join(folder.name for folder in present) or "no checkpoint"
+    holds = f"which holds {held}" if out_dir.is_dir() else "which is no folder"
     found = "" if name is None or name == which else f" (the file says {name!r})"
-    raise UserError(f"there is no checkpoint {which!r}{found} in {out_dir}, which holds {held}")
+    raise UserError(f"there is no checkpoint {which!r}{found} in {out_dir}, {holds}")
 
 
 def step_folders(out_dir: Path) -> list[Path]:

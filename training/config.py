@@ -143,11 +143,11 @@ class TrainConfig(LlamaConfig):
     compile: bool = False
     """torch.compile the model; on by default where there is a GPU."""
     fused: bool = False
-    """Triton kernels everywhere: short for --kernels all."""
+    """Every Triton kernel of the model: short for --kernels all. AdamW's is --optimizer fused-adamw."""
     kernels: str = ""
     """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,rms_norm@out; empty: plain PyTorch."""
     optimizer: Literal["adamw", "fused-adamw"] = "adamw"
-    """torch's AdamW, or the same as one Triton kernel over all parameters. A run may change it when resumed."""
+    """torch's AdamW, or the same in one pass of a Triton kernel over all parameters. A run may change it when resumed."""
     capture: bool = True
     """With Triton kernels on a single GPU: run each step as one CUDA graph."""
     deterministic: bool = True
@@ -233,8 +233,8 @@ def no_gpu_for_kernels(config: TrainConfig) -> UserError:
     run = " and ".join(asked) + (" run" if asked[1:] else " runs")
     where = "--device is cpu" if config.device == "cpu" else "no GPU was found"
     return UserError(
-        f"{run} Triton kernels, which need a GPU, and {where}. Leave it off for plain PyTorch (--kernels none), or set "
-        "TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
+        f"{run} Triton kernels, which need a GPU, and {where}. Leave it off for plain PyTorch "
+        "(--kernels none, --optimizer adamw), or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
     )
 
 
@@ -256,6 +256,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     Raises UserError for an unknown option and a mistake in a value or in a file of defaults, and SystemExit as tyro does:
     status 0 after --help, 2 for a value of another type.
     """
+    arguments = _joined(arguments)
     early = _read_ahead(arguments)
     file = _read_toml(Path(early["config"]), "--config") if "config" in early else {}
     asked = file | early
@@ -273,6 +274,18 @@ def parse(arguments: list[str]) -> TrainConfig:
         raise UserError(_unknown_option(unknown[0].partition("=")[0], [option(name) for name in _spellings()]))
     config.check()
     return config
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """`--kernels -rope` as one word: a parser takes a word that begins with a dash for an option."""
+    joined: list[str] = []
+    for word in arguments:
+        switch = re.match(r"-([a-z_]+)", word)
+        if joined and joined[-1] == "--kernels" and switch and switch[1] in grammar.SWITCHES:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _read_ahead(arguments: list[str]) -> dict[str, str]:
@@ -363,7 +376,7 @@ def _unknown_option(found: str, allowed: list[str]) -> str:
     return f"unknown option {found!r}" + (f"; did you mean {close[0]!r}?" if close else "; --help lists all options")
 
 
-def fail(error: UserError) -> typing.NoReturn:
+def fail(error: UserError, program: str = "") -> typing.NoReturn:
     """Print a user's mistake as one line, whatever a library put in it, and exit with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{program or Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2)

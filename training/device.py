@@ -65,7 +65,7 @@ def set_determinism(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def memory_name(device: torch.device) -> str:
+def name_of(device: torch.device) -> str:
     """What the device is called in the log: the GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 

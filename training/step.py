@@ -2,7 +2,7 @@
 
 What a step reads is copied into tensors that stay where they are, and what it writes stays too: parameters, gradients, moments,
 copies, scale and result. So the step can be captured as a CUDA graph (`training/capture.py`) and replayed. It is, on one GPU with
-Triton kernels; elsewhere the same function runs as it is.
+Triton kernels; plain PyTorch stays what its users run, and with many processes or on a CPU the same function runs as it is.
 """
 
 from collections.abc import Iterable
