@@ -234,7 +234,8 @@ def no_gpu_for_kernels(config: TrainConfig) -> UserError:
     where = "--device is cpu" if config.device == "cpu" else "no GPU was found"
     return UserError(
         f"{run} Triton kernels, which need a GPU, and {where}. Leave it off for plain PyTorch "
-        "(--kernels none, --optimizer adamw), or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
+        "(--kernels none, --optimizer adamw), or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter "
+        "(slow, for checking)"
     )
 
 
