@@ -53,9 +53,10 @@ def _attend(
             visible &= keys[None, :] >= first_keys[:, None]
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    # Subtracted before it is scaled, so that the largest weight is 1 to the bit (in an FMA it would not be) and a query
-    # that sees one key returns its value.
-    weights = tl.exp2((scores - new_peak[:, None]) * SCALE)
+    # One FMA scales and subtracts. But a query that sees one key, which it does in a masked block, returns its value: there
+    # it is subtracted first, and the largest weight is 1 to the bit.
+    exponents = (scores - new_peak[:, None]) * SCALE if MASKED else scores * SCALE - (new_peak * SCALE)[:, None]
+    weights = tl.exp2(exponents)
     decay = tl.exp2((peak - new_peak) * SCALE)
     total = total * decay + tl.sum(weights, 1)
     v = load_rows(v_ptr, keys, n_times, v_stride_t, HEAD_DIM, ALIGNMENT, BLOCK_D, BLOCK_D2, MASKED)
@@ -67,9 +68,10 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr,
     first_key_ptr,  # None where every key up to the query's own is visible
     o_ptr, lse_ptr, n_batches, n_times, heads_at_once,
-    q_stride_b, q_stride_t, q_stride_h,
-    k_stride_b, k_stride_t, k_stride_h,
-    v_stride_b, v_stride_t, v_stride_h,
+    # Constant strides of time, so that a thread's loads differ by constants and it computes one address for all of them.
+    q_stride_b, q_stride_t: tl.constexpr, q_stride_h,
+    k_stride_b, k_stride_t: tl.constexpr, k_stride_h,
+    v_stride_b, v_stride_t: tl.constexpr, v_stride_h,
     SCALE: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D2: tl.constexpr,

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 TILES = {
     "forward": {
         "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 192: Tile(64, 16, 4, 2), 256: Tile(64, 32, 8, 2)},
-        "sm_90": {48: Tile(64, 64, 4, 3), 160: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+        "sm_90": {48: Tile(64, 64, 4, 3), 64: Tile(128, 64, 8, 3), 160: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2)},
         "sm_100": {
             48: Tile(128, 32, 4, 3),
             64: Tile(128, 64, 4, 3),
@@ -61,8 +61,8 @@ TILES = {
 }
 """By kernel, by machine (or float32, which has no tensor core), by the widest padded head dim that a tile serves.
 
-Chosen for machine code that spills nothing, and among such by occupancy and instructions a score; not by time: no GPU has
-run them yet.
+Chosen for machine code that spills nothing at the head dims of the presets, 36, 64 and 128, and among such by occupancy and
+instructions a score; not by time: no GPU has run them yet. KERNELS.md has what was tried instead ("Tried and left").
 """
 
 
@@ -100,6 +100,9 @@ def tile_of(kernel: str, head_dim: int, itemsize: int, target: Target) -> Tile:
         kept = block_m
     if machine in ("sm_80", "hip"):
         kept = 0
+    if head_dim * itemsize % 16:
+        # Such rows are loaded in smaller pieces, and for twice the addresses a block of 128 leaves no registers.
+        walked = min(walked, 64)
     while (kept + 2 * num_stages * walked) * width * itemsize > target.shared_memory and walked > 16:
         if num_stages > 1:
             num_stages -= 1

@@ -48,6 +48,10 @@ def test_a_target_that_has_room_gets_the_tables_tile():
     assert tile_of("forward", 36, 2, INTERPRETER) == TILES["forward"]["interpreter"][256]
 
 
+def test_rows_that_are_not_multiples_of_16_bytes_come_in_blocks_of_64_at_most():
+    assert [tile_of("forward", head_dim, 2, TARGETS["sm_90"]).block_n for head_dim in (96, 100, 104)] == [128, 64, 128]
+
+
 def test_a_group_is_split_only_where_multiprocessors_would_be_idle():
     def splits(batch, time, q_heads, k_heads):
         launch = dkdv_launch(batch, time, q_heads, k_heads, 128, 2, target)
