@@ -278,7 +278,7 @@ def _parity(results: list[Result]) -> str:
             where = f"layer {row['layer']}, {row['tensor']}"
             errors = [f"{row['plain']:.1e}", f"{row['fused']:.1e}", f"{row['excess']:.2f}"]
             rows.append([result.gpu or CPU, result.data["preset"], result.data["dtype"], op, where, *errors])
-    headings = ["on", "preset", "dtype", "op", "worst at", "plain", "fused", "fused over plain"]
+    headings = ["on", "preset", "dtype", "op", "worst at", "plain", "fused", "fused over plain or the floor"]
     return table(headings, rows, numbers_from=5) if rows else ""
 
 
