@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -109,7 +110,7 @@ def _command_line() -> str:
     """What was typed, but for the place of the result, which is one machine's own."""
     main = sys.modules["__main__"].__spec__  # None where a file was run, not a module
     program = f"python -m {main.name}" if main else Path(sys.argv[0]).name
-    return re.sub(r" --(json|out)[ =]\S+", "", " ".join([program, *sys.argv[1:]]))
+    return re.sub(r" --(json|out)[ =]\S+", "", f"{program} {shlex.join(sys.argv[1:])}".strip())
 
 
 def _gpu_state() -> dict[str, str] | None:

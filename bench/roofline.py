@@ -66,6 +66,8 @@ def measure(options: Roofline, console: Console) -> dict:
     """Print the tables and return (and write, where asked) the result."""
     command.check_at_least(options, batch_size=0, micro_steps=0, copy_tb_s=0, matmul_tflops=0)
     command.check_writable(options.json)
+    if not options.gpu:
+        raise UserError(f"--gpu names none; allowed: {', '.join(gpu.name for gpu in GPUS)}")
     gpus = [_gpu(name) for name in options.gpu]
     if len(gpus) > 1 and (options.copy_tb_s or options.matmul_tflops):
         raise UserError("--copy-tb-s and --matmul-tflops are those of one GPU; --gpu names several")

@@ -63,9 +63,8 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None = 
         mask = (position >= first_key.unsqueeze(-1)) & (position <= position.unsqueeze(-1))  # [B, query, key]
         mask = mask.unsqueeze(1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - a bool also where Dynamo traces the heads as symbols
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return o.transpose(1, 2).contiguous()
 
 

@@ -260,7 +260,8 @@ def key_blocks(first_key_ptr, first_row, n_times, BLOCK_M: tl.constexpr, BLOCK_N
     if first_key_ptr is not None:
         last_row = min(first_row + BLOCK_M, n_times) - 1
         start = min(max(tl.load(first_key_ptr + first_row), 0), first_row)
-        n_left = tl.cdiv(max(tl.load(first_key_ptr + last_row) - start, 0), BLOCK_N)
+        last_start = min(max(tl.load(first_key_ptr + last_row), start), last_row)
+        n_left = tl.cdiv(last_start - start, BLOCK_N)
     n_causal = (first_row + 1 - start) // BLOCK_N
     n_blocks = tl.cdiv(min(first_row + BLOCK_M, n_times) - start, BLOCK_N)
     return start, min(n_left, n_causal), n_causal, n_blocks

@@ -17,11 +17,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
 
 
-def pytest_configure(config):
-    # The interpreter computes in NumPy, which warns of the overflows and NaNs that some tests are about.
-    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
 @pytest.fixture
 def determinism_put_back():
     """For tests of programs that switch deterministic algorithms on, which holds for the whole process."""

@@ -216,8 +216,8 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
 
 @pytest.mark.parametrize("which", ["last", "best", "step-00000007", "../elsewhere", ""])
 def test_a_checkpoint_that_is_not_there_is_asked_for(tmp_path, which):
-    for out_dir in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=r"there is no checkpoint .* in .*, which holds no checkpoint"):
+    for out_dir, found in ((tmp_path, "holds no checkpoint"), (tmp_path / "missing", "is no folder")):
+        with pytest.raises(UserError, match=rf"there is no checkpoint .* in .*, which {found}"):
             checkpoint.find(out_dir, which)
 
 

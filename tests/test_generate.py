@@ -1,5 +1,7 @@
 """generate.py from the outside: the same text from the same seed, and what is said of bad input."""
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -143,6 +145,21 @@ def test_an_unknown_option_or_a_value_of_another_type_ends_with_status_2(words):
 def test_a_gpu_that_is_not_there_is_named(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(call(generate, [str(run), "--device=cuda"]), "--device is cuda, and PyTorch .* finds no GPU")
+
+
+def test_a_run_of_kernels_and_their_optimizer_generates_without_them(run, tmp_path, monkeypatch):
+    shutil.copytree(run / "step-00000060", tmp_path / "step-00000060")
+    config = tmp_path / "step-00000060" / "config.toml"
+    text = config.read_text().replace('optimizer = "adamw"', 'optimizer = "fused-adamw"')
+    assert "fused-adamw" in text
+    config.write_text(text)
+    path = tmp_path / "step-00000060" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["config.toml"] |= {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    path.write_text(json.dumps(manifest))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = call(generate, [str(tmp_path), "--which=step-00000060", "--max-new-tokens=3"])
+    assert result.status == 0, result.err
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):

@@ -245,6 +245,7 @@ def test_the_result_is_a_table_a_gpu_and_the_file(console, no_results, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"gpu": []}, "--gpu names none; allowed: .*H100 SXM"),
         ({"gpu": ["H900"]}, "--gpu is 'H900'; did you mean 'H[0-9A-Z ]+'. allowed: .*H100 SXM"),
         ({"preset": "gpt2"}, "--preset is 'gpt2'; allowed: reference"),
         ({"batch_size": -1}, "--batch-size is -1; it must be at least 0"),

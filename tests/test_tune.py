@@ -204,8 +204,9 @@ def test_times_of_old_and_new_and_rows_to_paste_are_shown(console, monkeypatch):
     shown = console.file.getvalue()
     assert shown.count("2.00x") == 9
     tuned = "Tile(32, 32, 4, 1)"
-    wanted = f'forward  "sm_90": {{32: Tile(64, 64, 4, 3), 64: {tuned}, 96: Tile(128, 64, 8, 3), 128: {tuned}, '
-    assert wanted in shown
+    assert 'forward  "sm_90": {' in shown
+    assert f"64: {tuned}" in shown
+    assert f"128: {tuned}" in shown
 
 
 @pytest.mark.parametrize(
