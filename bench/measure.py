@@ -62,6 +62,14 @@ def gpu_flush(device: torch.device) -> Callable[[], object]:
     return other.sum
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after every call was timed at least once: `timings` holds what was measured until then."""
+
+    def __init__(self, timings: dict[str, Timing]):
+        super().__init__()
+        self.timings = timings
+
+
 def time_in_turn(
     calls: dict[str, Callable[[], object]],
     *,
@@ -74,17 +82,27 @@ def time_in_turn(
     """Time calls A B C A B C ..., so that a machine whose speed drifts is as slow to one as to the other.
 
     The first `warmup` rounds are not counted. The difference of two readings of `clock` is in seconds; `before` is called
-    with the name of a call ahead of each, outside of its time.
+    with the name of a call ahead of each, outside of its time. Ctrl-C raises Interrupted once there is something to keep.
     """
     readings: dict[str, list[tuple]] = {name: [] for name in calls}
-    for turn in range(warmup + repeats):
-        for name, call in calls.items():
-            progress(f"{name}, {'warm-up' if turn < warmup else f'run {turn - warmup + 1} of {repeats}'}")
-            before(name)
-            start = clock()
-            call()
-            readings[name].append((start, clock()))
-    seconds = {name: [end - start for start, end in pairs[warmup:]] for name, pairs in readings.items()}
+    try:
+        for turn in range(warmup + repeats):
+            for name, call in calls.items():
+                progress(f"{name}, {'warm-up' if turn < warmup else f'run {turn - warmup + 1} of {repeats}'}")
+                before(name)
+                start = clock()
+                call()
+                readings[name].append((start, clock()))
+    except KeyboardInterrupt:
+        rounds = min(len(pairs) for pairs in readings.values())
+        if rounds <= warmup:
+            raise
+        raise Interrupted(_timings({name: pairs[warmup:rounds] for name, pairs in readings.items()})) from None
+    return _timings({name: pairs[warmup:] for name, pairs in readings.items()})
+
+
+def _timings(readings: dict[str, list[tuple]]) -> dict[str, Timing]:
+    seconds = {name: [end - start for start, end in pairs] for name, pairs in readings.items()}
     return {name: Timing(median(s), min(s), max(s), len(s)) for name, s in seconds.items()}
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import command, step_compare
-from bench.measure import Timing, environment, time_in_turn, write_json
+from bench.measure import Interrupted, Timing, environment, time_in_turn, write_json
 from bench.step_variants import PEERS, PER_OP, VARIANTS, make_step, why_absent
 from model import flops
 from training import hardware
@@ -107,10 +107,14 @@ def measure(options: StepBench, console: Console) -> dict:
     for group in [variants] if flops.parameters(config) < SIDE_BY_SIDE else [[v] for v in variants]:
         # Dynamo keeps eight graphs of one function and refuses more; here each variant is one, and they stay side by side.
         with torch._dynamo.config.patch(recompile_limit=2 * len(VARIANTS)):
-            result["rows"] += _time_group(group, config, options, device, dtype, console)
+            rows, stopped = _time_group(group, config, options, device, dtype, console)
+        result["rows"] += rows
         result["environment"] = environment()
         if options.json:
             write_json(options.json, result)
+        if stopped:
+            console.print(table(result))
+            raise KeyboardInterrupt
         torch.compiler.reset()  # compiled code holds on to the models it was compiled for
         _release(device)
     console.print(table(result))
@@ -128,8 +132,8 @@ def _time_group(
     device: torch.device,
     dtype: torch.dtype,
     console: Console,
-) -> list[dict]:
-    """Variants timed in turn; one row of figures each."""
+) -> tuple[list[dict], bool]:
+    """Variants timed in turn: one row of figures each, and whether Ctrl-C cut the turns short."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.gradient_accumulation_steps, config.batch_size, config.max_seq_len + 1)
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
@@ -150,9 +154,13 @@ def _time_group(
                 costs[variant] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             if variant not in calls:
                 _release(device)
-        timings = time_in_turn(calls, repeats=options.repeats, warmup=options.warmup, progress=status.update)
+        stopped = False
+        try:
+            timings = time_in_turn(calls, repeats=options.repeats, warmup=options.warmup, progress=status.update)
+        except Interrupted as stop:
+            timings, stopped = stop.timings, True
     timed = {name: figures(timing, config, device, dtype) for name, timing in timings.items()}
-    return [{"variant": variant} | timed.get(variant, {}) | costs[variant] for variant in variants]
+    return [{"variant": variant} | timed.get(variant, {}) | costs[variant] for variant in variants], stopped
 
 
 def _release(device: torch.device) -> None:

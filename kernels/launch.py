@@ -294,5 +294,6 @@ def check_usable(op: str, device: torch.device) -> None:
             f"{op}: a Triton kernel was given tensors on the CPU: use kernels.TORCH, or set TRITON_INTERPRET=1 before "
             "kernels is imported to run the kernels in Triton's interpreter (slow, for checking)"
         )
-    if device.type not in ("cuda", "cpu", "meta"):
+    no_numbers = device.type == "meta" and not INTERPRETED and _recording is None
+    if device.type not in ("cuda", "cpu", "meta") or no_numbers:
         raise ValueError(f"{op}: tensors are on {device}, wanted a CUDA GPU (or the CPU with TRITON_INTERPRET=1)")

@@ -165,6 +165,27 @@ def test_a_variant_that_breaks_is_named_and_the_command_fails_after_its_table(ti
     assert "RuntimeError: out of" in console.file.getvalue()
 
 
+def test_ctrl_c_keeps_the_whole_turns_that_were_timed(tiny, console, monkeypatch, tmp_path):
+    path, make = tmp_path / "step.json", step.make_step
+
+    def make_until_stopped(variant, *rest):
+        take, calls = make(variant, *rest), iter(range(100))
+
+        def call():
+            if variant == "compiled" and next(calls) == 3 + 1 + 2:  # first steps, warm-up, two turns
+                raise KeyboardInterrupt
+            return take()
+
+        return call
+
+    monkeypatch.setattr(step, "make_step", make_until_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        measure(StepBench(variants=["plain", "compiled"], repeats=50, json=str(path)), console)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["variant"], row["repeats"]) for row in rows] == [("plain", 2), ("compiled", 2)]
+    assert "ms/step" in console.file.getvalue()
+
+
 def test_what_is_missing_is_a_row_and_no_failure(tiny, console, monkeypatch):
     monkeypatch.setattr("bench.step_variants.version", lambda package: None)
     result = measure(StepBench(variants=["plain", "transformers", "fused"], repeats=1), console)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import command, measure, ops, step
-from bench.measure import GpuInstant, Timing, environment, time_in_turn, write_json
+from bench.measure import GpuInstant, Interrupted, Timing, environment, time_in_turn, write_json
 from training.errors import UserError
 
 
@@ -33,6 +33,15 @@ def test_the_median_is_of_the_turns_after_the_warm_up():
     clock = Clock()
     timing = time_in_turn({"a": clock.call(50.0, 40.0, 3.0, 1.0, 8.0)}, repeats=3, warmup=2, clock=clock)
     assert timing == {"a": Timing(median=3.0, minimum=1.0, maximum=8.0, repeats=3)}
+
+
+def test_a_stop_before_the_first_counted_turn_has_nothing_to_keep():
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        time_in_turn({"a": stop}, repeats=3)
+    assert not isinstance(stopped.value, Interrupted)
 
 
 def test_calls_take_turns():
