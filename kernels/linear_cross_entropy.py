@@ -109,7 +109,8 @@ class _LossHead(torch.autograd.Function):
         ctx.weight_dtype = weight.dtype
         count = (targets != ignore_index).sum()
         ctx.mark_non_differentiable(count)
-        return loss_sum.to(torch.float32) if accumulate == torch.float32 else loss_sum, count
+        # Not cast to float32, which it is: torch 2.11 loses the gradient of an output that passes a cast to its own dtype.
+        return loss_sum, count
 
     @staticmethod
     def backward(ctx, grad: Tensor, _count_grad):

@@ -65,19 +65,24 @@ def _check(gate_up: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
+# No pointer goes into this helper: PyTorch takes a pointer that is passed to a function for written where what the function
+# returns becomes part of the address of a store, and then copies the tensor before the kernel runs.
 @triton.jit
-def _load_tile(gate_up_ptr, n_rows, gate_up_stride, WIDTH: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_M, BLOCK_F):
-    """Rows, columns and mask of the program's tile, and its gate and up in float32: all [BLOCK_M, BLOCK_F]."""
+def _tile(n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Rows [BLOCK_M, 1], columns [1, BLOCK_F] and mask of the program's tile."""
     # One grid axis, columns fastest: the other axes end at 65535 programs.
     n_col_tiles: tl.constexpr = (WIDTH + BLOCK_F - 1) // BLOCK_F
     program = tl.program_id(0).to(tl.int64)
     row = program // n_col_tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     cols = program % n_col_tiles * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    mask = (row < n_rows) & (cols < WIDTH)
-    gate_ptr = gate_up_ptr + row * gate_up_stride * ALIGNMENT + cols
+    return row, cols, (row < n_rows) & (cols < WIDTH)
+
+
+@triton.jit
+def _load_gate_up(gate_ptr, mask, WIDTH: tl.constexpr):
+    """Gate and up of a tile, in float32."""
     gate = tl.load(gate_ptr, mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + WIDTH, mask, other=0.0).to(tl.float32)
-    return row, cols, mask, gate, up
+    return gate, tl.load(gate_ptr + WIDTH, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -91,7 +96,8 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    row, cols, mask, gate, up = _load_tile(gate_up_ptr, n_rows, gate_up_stride, WIDTH, ALIGNMENT, BLOCK_M, BLOCK_F)
+    row, cols, mask = _tile(n_rows, WIDTH, BLOCK_M, BLOCK_F)
+    gate, up = _load_gate_up(gate_up_ptr + row * gate_up_stride * ALIGNMENT + cols, mask, WIDTH)
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_ptr + row * WIDTH + cols, y.to(y_ptr.dtype.element_ty), mask)
 
@@ -109,7 +115,8 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    row, cols, mask, gate, up = _load_tile(gate_up_ptr, n_rows, gate_up_stride, WIDTH, ALIGNMENT, BLOCK_M, BLOCK_F)
+    row, cols, mask = _tile(n_rows, WIDTH, BLOCK_M, BLOCK_F)
+    gate, up = _load_gate_up(gate_up_ptr + row * gate_up_stride * ALIGNMENT + cols, mask, WIDTH)
     dy = tl.load(dy_ptr + row * dy_stride * ALIGNMENT + cols, mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
