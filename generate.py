@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from training.config import from_toml
-from training.console import printable
 from training.errors import UserError
+from training.log.console import printable
 from training.stopping import exit_statuses
 
 
@@ -59,9 +59,9 @@ def generate(config: GenerateConfig) -> str:
     """The prompt and its continuation. UserError for a checkpoint that is not there or damaged, or a prompt too long."""
     import kernels
     from model import Llama, generation, huggingface
-    from training import checkpoint
+    from training.checkpoint import files as checkpoint
+    from training.data.tokenizer import Tokenizer
     from training.device import resolve_device, resolve_dtype
-    from training.tokenizer import Tokenizer
 
     saved = checkpoint.load(config.checkpoint, config.which)
     run = from_toml(saved.config_toml, str(saved.path / "config.toml"))

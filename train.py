@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
-from training import checkpoint_folder
+from training import run_folder as checkpoint_folder
 from training.config import TrainConfig, parse, to_toml
 from training.stopping import StopSignal, exit_statuses
 
@@ -28,16 +28,18 @@ def train(config: TrainConfig) -> None:
     """
     import kernels
     from model import Llama, flops
-    from training import distributed, hardware, profiling, state
-    from training.batches import Batches, prefetch
+    from training import distributed, hardware
+    from training.checkpoint import state
+    from training.data.batches import Batches, prefetch
+    from training.data.shards import prepare
     from training.device import name_of, resolve_device, resolve_dtype, seed_run, seed_step, set_determinism
     from training.evaluation import Evaluation
-    from training.metrics import Metrics, StepRecord
-    from training.plot import draw_loss_curve
-    from training.readback import Readback, lag
-    from training.schedule import learning_rate
-    from training.shards import prepare
-    from training.step import Trainer
+    from training.log import profiling
+    from training.log.metrics import Metrics, StepRecord
+    from training.log.plot import draw_loss_curve
+    from training.step.readback import Readback, lag
+    from training.step.schedule import learning_rate
+    from training.step.trainer import Trainer
 
     # ---- where: processes, device, dtype
     set_determinism(config.deterministic)

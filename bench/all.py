@@ -58,13 +58,13 @@ class Case:
 
 
 KERNEL_TESTS = {
-    "rms_norm": ("rms_norm",),
-    "rope": ("rope", "rope_qkv"),
-    "swiglu": ("swiglu",),
-    "attention": ("attention",),
-    "linear_cross_entropy": ("linear_cross_entropy", "linear_cross_entropy_kernels"),
-    "adamw": ("adamw", "optimizer"),
-    "capture": ("capture", "flat"),
+    "rms_norm": ("kernels/test_rms_norm",),
+    "rope": ("kernels/test_rope", "kernels/test_rope_qkv"),
+    "swiglu": ("kernels/test_swiglu",),
+    "attention": ("kernels/test_attention",),
+    "linear_cross_entropy": ("kernels/test_linear_cross_entropy", "kernels/test_linear_cross_entropy_kernels"),
+    "adamw": ("kernels/test_adamw", "training/test_optimizer"),
+    "capture": ("training/test_capture", "training/test_flat"),
 }
 """Test files by what they prove."""
 
@@ -74,7 +74,7 @@ def gpu_cases() -> list[Case]:
     parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # most of the time goes into compiling
 
     def tests(*files: str) -> tuple[str, ...]:
-        return ("pytest", "-q", "-m", "not slow", *parallel, *(f"tests/test_{file}.py" for file in files))
+        return ("pytest", "-q", "-m", "not slow", *parallel, *(f"tests/{file}.py" for file in files))
 
     def step(preset: str, *options: str) -> tuple[str, ...]:
         return ("bench.step", "--preset", preset, *options)
@@ -98,7 +98,7 @@ def gpu_cases() -> list[Case]:
         Case("step-reference-nondeterministic", step("reference", "--no-deterministic"), 240),
         Case("step-llama3.2-1b-unchunked", step("llama3.2-1b", *large, "--variants", "unchunked"), 300),
         Case("step-350m", step("350m", *large), 300),
-        Case("tests-training", ("pytest", "-q", *parallel, "tests/test_kernels_in_training.py"), 300),
+        Case("tests-training", ("pytest", "-q", *parallel, "tests/training/test_kernels_in_training.py"), 300),
         Case("tests-slow", ("pytest", "-q", "-m", "slow", *tests(*sum(KERNEL_TESTS.values(), ()))[4:]), 400),
         *(Case(f"roofline-{p}", ("bench.roofline", "--preset", p), 60) for p in ("reference", "124m", "llama3.2-1b")),
     ]

@@ -28,7 +28,7 @@ def run(options_class: type, description: str, body: Callable[[Any, Console], ob
 def program() -> str:
     """What to type to run this command: `python -m bench.step`."""
     spec = sys.modules["__main__"].__spec__
-    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def terminal() -> Console:

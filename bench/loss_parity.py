@@ -29,13 +29,13 @@ import kernels
 from bench import command
 from bench.measure import environment, write_json
 from model import Llama
-from training.batches import Batch, Batches, prefetch
 from training.config import TrainConfig, defaults
+from training.data.batches import Batch, Batches, prefetch
+from training.data.shards import prepare
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.distributed import World
-from training.schedule import learning_rate
-from training.shards import prepare
-from training.step import Trainer
+from training.step.schedule import learning_rate
+from training.step.trainer import Trainer
 
 BOUND = 2.0
 FIRST_STEPS = 20

@@ -127,7 +127,7 @@ def environment() -> dict:
 def _command_line() -> str:
     """What was typed, but for the place of the result, which is one machine's own."""
     main = sys.modules["__main__"].__spec__  # None where a file was run, not a module
-    program = f"python -m {main.name}" if main else Path(sys.argv[0]).name
+    program = f"python -m {main.name.removesuffix('.__main__')}" if main else Path(sys.argv[0]).name
     return re.sub(r" --(json|out)[ =]\S+", "", f"{program} {shlex.join(sys.argv[1:])}".strip())
 
 

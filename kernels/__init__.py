@@ -4,12 +4,10 @@
 resolved on first use, so that the grammar of a selection (`kernels.grammar`) is there without importing torch or triton.
 """
 
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kernels.select import TORCH, TRITON, Ops, select
+    from kernels.ops import TORCH, TRITON, Ops, select
 
 __all__ = ["TORCH", "TRITON", "Ops", "select"]
 
@@ -20,16 +18,7 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module = importlib.import_module("kernels.select")
+    module = importlib.import_module("kernels.ops")
     for public in __all__:
         globals()[public] = getattr(module, public)
     return globals()[name]
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Whoever imports the submodule `kernels.select` first would have it bound here in place of the function.
-        super().__setattr__(name, value.select if name == "select" and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Package

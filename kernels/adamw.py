@@ -135,7 +135,7 @@ def _one_minus_power(BETA: tl.constexpr, t):
 
 
 @triton.jit
-def _count_kernel(step_ptr, skip_ptr, corrections_ptr, BETA1: tl.constexpr, BETA2: tl.constexpr):
+def _adamw_count_kernel(step_ptr, skip_ptr, corrections_ptr, BETA1: tl.constexpr, BETA2: tl.constexpr):
     """One program: counts the update, and leaves what turns m and √v into m̂ and √v̂."""
     if tl.load(skip_ptr) == 0:
         t = tl.load(step_ptr) + 1
@@ -164,7 +164,7 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _update_kernel(
+def _adamw_update_kernel(
     values_ptr,
     gradients_ptr,
     exp_avg_ptr,
@@ -237,7 +237,7 @@ def _adamw(
     corrections = torch.empty(2, dtype=torch.float32, device=values.device)
     launch = adamw_launch(values.numel(), target_of(values))
     with device_of(values):
-        wrap_triton(_count_kernel)[(1,)](
+        wrap_triton(_adamw_count_kernel)[(1,)](
             step_ptr=step,
             skip_ptr=skip,
             corrections_ptr=corrections,
@@ -247,7 +247,7 @@ def _adamw(
             num_stages=1,
         )
         if values.numel():
-            wrap_triton(_update_kernel)[launch.grid](
+            wrap_triton(_adamw_update_kernel)[launch.grid](
                 values_ptr=values,
                 gradients_ptr=gradients,
                 exp_avg_ptr=exp_avg,

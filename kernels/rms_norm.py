@@ -105,7 +105,7 @@ def _load_sum(x_row, residual_row, cols, mask):
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     x_ptr,
     residual_ptr,  # None without a residual, and so is summed_ptr
     weight_ptr,
@@ -157,7 +157,7 @@ def _load_normalized(dy_row, summed_row, weight_ptr, rstd, cols, mask, D: tl.con
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     dy_ptr,
     dsummed_ptr,  # None where no gradient comes in for summed
     summed_ptr,
@@ -254,7 +254,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     launch = forward_launch(n_rows, width, target_of(x))
     if n_rows:
         with device_of(x):
-            wrap_triton(_forward_kernel)[launch.grid](
+            wrap_triton(_rms_norm_forward_kernel)[launch.grid](
                 x_ptr=rows,
                 residual_ptr=None if residual is None else residual_rows,
                 weight_ptr=weight.contiguous(),
@@ -322,7 +322,7 @@ def _rms_norm_backward(
     partial = torch.empty((*launch.grid, width), dtype=torch.float32, device=dy.device) if want_dweight else None
     if n_rows:
         with device_of(dy):
-            wrap_triton(_backward_kernel)[launch.grid](
+            wrap_triton(_rms_norm_backward_kernel)[launch.grid](
                 dy_ptr=dy_rows,
                 dsummed_ptr=None if dsummed is None else dsummed_rows,
                 summed_ptr=rows,

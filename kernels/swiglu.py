@@ -86,7 +86,7 @@ def _load_gate_up(gate_ptr, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _swiglu_forward_kernel(
     gate_up_ptr,
     y_ptr,
     n_rows,
@@ -103,7 +103,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _swiglu_backward_kernel(
     dy_ptr,
     gate_up_ptr,
     dgate_up_ptr,
@@ -154,7 +154,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     launch = elementwise_launch(n_rows, width, target_of(gate_up))
     if n_rows:
         with device_of(gate_up):
-            wrap_triton(_forward_kernel)[launch.grid](
+            wrap_triton(_swiglu_forward_kernel)[launch.grid](
                 gate_up_ptr=rows,
                 y_ptr=y,
                 n_rows=n_rows,
@@ -177,7 +177,7 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     launch = elementwise_launch(n_rows, width, target_of(gate_up))
     if n_rows:
         with device_of(gate_up):
-            wrap_triton(_backward_kernel)[launch.grid](
+            wrap_triton(_swiglu_backward_kernel)[launch.grid](
                 dy_ptr=dy_rows,
                 gate_up_ptr=rows,
                 dgate_up_ptr=dgate_up,

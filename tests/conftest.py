@@ -28,7 +28,7 @@ def determinism_put_back():
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> dict[str, Path]:
     """Options of train.py that name a text and a folder where it is prepared, once for all runs."""
-    from tests.run_testing import write_text
+    from tests.support.run_testing import write_text
 
     folder = tmp_path_factory.mktemp("text")
     return {"data": write_text(folder / "text.txt"), "data_dir": folder / "data"}
@@ -38,7 +38,7 @@ def text(tmp_path_factory) -> dict[str, Path]:
 def run(tmp_path, text):
     """A run of train.py in this process; into tmp_path / "out" unless told otherwise."""
     import train
-    from tests.run_testing import TINY, arguments, call
+    from tests.support.run_testing import TINY, arguments, call
 
     def run(**options):
         return call(train, arguments(**TINY | text | {"out_dir": tmp_path / "out"} | options))
@@ -50,7 +50,7 @@ def run(tmp_path, text):
 def finished(tmp_path_factory, text):
     """A run of train.py that went to its end, and its folder."""
     import train
-    from tests.run_testing import TINY, arguments, call
+    from tests.support.run_testing import TINY, arguments, call
 
     out_dir = tmp_path_factory.mktemp("finished") / "out"
     return out_dir, call(train, arguments(**TINY | text | {"out_dir": out_dir, "tensorboard": True}))

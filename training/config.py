@@ -22,7 +22,7 @@ import tyro
 from kernels import grammar
 from model.config import PRESETS as SHAPES
 from model.config import LlamaConfig, option
-from training import checkpoint_folder
+from training import run_folder as checkpoint_folder
 from training.errors import UserError
 
 # What a preset says of the run, beside the shape it names in model/config.py.

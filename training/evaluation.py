@@ -3,11 +3,11 @@
 import math
 
 from model import generation
-from training.batches import Batches, prefetch
 from training.config import TrainConfig
+from training.data.batches import Batches, prefetch
+from training.data.shards import Dataset
 from training.distributed import World
-from training.shards import Dataset
-from training.step import Trainer
+from training.step.trainer import Trainer
 
 
 class Evaluation:

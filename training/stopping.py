@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 from training.config import fail
-from training.console import silence_stdout
 from training.errors import UserError
+from training.log.console import silence_stdout
 
 
 @contextlib.contextmanager

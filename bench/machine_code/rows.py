@@ -1,0 +1,123 @@
+"""The rows of `bench.machine_code`: each kernel as presets launch it on an architecture, and the faults in its code."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bench.machine_code.build import MachineCode, Specialized, build, specialize
+from bench.machine_code.cases import CASES, launches
+from kernels.launch import TARGETS, Launched, Target
+from training.config import defaults
+
+WIDE = 16
+"""Bytes of the widest access that every architecture here has."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- gate
+
+
+def faults(code: MachineCode, launched: Launched, target: Target) -> list[str]:
+    """What is wrong with the machine code of a launch, in words; nothing where nothing is."""
+    found = []
+    if code.stack:
+        found.append(f"spills: {code.stack} bytes a thread, at {code.registers} registers")
+    if code.shared > target.shared_memory:
+        found.append(f"wants {code.shared:,} bytes of shared memory; there are {target.shared_memory:,}")
+    # AMD's backend stores a product as its lanes hold it, 8 bytes each: 64 of them write as much at once as 32 of 16.
+    for verb, widths, least in (("loads", code.loads, WIDE), ("stores", code.stores, WIDE * 32 // target.warp_size)):
+        for name, width in widths.items():
+            if width < least and _has_aligned_rows(launched.arguments.get(name)):
+                found.append(f"{verb} {name} {width} bytes at a time, although its rows are aligned to {WIDE}")
+    return found
+
+
+def _has_aligned_rows(argument: Any) -> bool:
+    """Whether it is a half-precision tensor in which each row starts and ends at a multiple of 16 bytes."""
+    if not isinstance(argument, Tensor) or argument.element_size() != 2 or argument.dim() == 0:
+        return False
+    *strides, last = argument.stride()
+    elements = WIDE // argument.element_size()
+    sizes = (argument.storage_offset(), argument.shape[-1], *strides)
+    return last == 1 and all(size % elements == 0 for size in sizes)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass
+class Row:
+    """A kernel as one or more presets launch it on one architecture."""
+
+    arch: str
+    case: str
+    direction: str
+    launched: Launched
+    specialized: Specialized
+    presets: list[str] = field(default_factory=list)
+    code: MachineCode | None = None
+
+    @property
+    def kernel(self) -> str:
+        """Its function's name, which a profile shows too."""
+        return self.launched.kernel.__name__
+
+    @property
+    def name(self) -> str:
+        """Op, direction, and the kernel's own name where it says more: `add_rms_norm backward`."""
+        op = self.launched.kernel.__module__.partition(".")[2].split(".")[0]
+        function = self.kernel.removeprefix(f"_{op}_").removesuffix("_kernel").strip("_")
+        return " ".join(dict.fromkeys((self.case, self.direction, function)))
+
+    @property
+    def faults(self) -> list[str]:
+        """What the gate says."""
+        return faults(self.code, self.launched, TARGETS[self.arch])
+
+    def result(self) -> dict[str, Any]:
+        """The row for JSON."""
+        names = ("name", "arch", "case", "direction", "kernel", "presets", "faults")
+        return {name: getattr(self, name) for name in names} | {
+            "constants": self.specialized.constants,
+            "code": asdict(self.code),
+        }
+
+    def build(self) -> MachineCode:
+        """Compile it and read its code. Raises what Triton and its assemblers raise."""
+        try:
+            return build(self.specialized)
+        except Exception as error:
+            error.add_note(f"while building {self.name} of {', '.join(self.presets)} for {self.arch}")
+            raise
+
+
+def record(archs: list[str], presets: list[str]) -> list[Row]:
+    """Each code there is to build, once, forward before backward; nothing is built yet."""
+    rows: dict[tuple[str, str, str, str], Row] = {}
+    for arch in archs:
+        for case in CASES:
+            for preset in presets:
+                for direction, launched in launches(case, defaults(preset), TARGETS[arch]):
+                    specialized = specialize(launched, TARGETS[arch])
+                    new = Row(arch, case, direction, launched, specialized)
+                    row = rows.setdefault((arch, case, direction, specialized.key), new)
+                    if preset not in row.presets:
+                        row.presets.append(preset)
+    targets, cases = list(TARGETS), list(CASES)
+    return sorted(
+        rows.values(), key=lambda row: (targets.index(row.arch), cases.index(row.case), row.direction != "forward")
+    )
+
+
+def sizes(constants: dict[str, Any]) -> str:
+    """The sizes that a kernel is compiled for: `D=288`."""
+    return " ".join(f"{name}={n}" for name, n in _integers(constants) if not name.startswith("BLOCK"))
+
+
+def tile(constants: dict[str, Any]) -> str:
+    """The sizes of its tiles: `4×512`."""
+    return "×".join(str(n) for name, n in _integers(constants) if name.startswith("BLOCK"))
+
+
+def _integers(constants: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(name, n) for name, n in constants.items() if type(n) is int and name.isupper() and name != "ALIGNMENT"]

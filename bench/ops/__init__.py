@@ -1,0 +1,1 @@
+"""`python -m bench.ops`: each op against its peers."""

@@ -1,0 +1,1 @@
+"""`python -m bench.parity`: errors against float64, and which kernel is wrong."""

@@ -1,0 +1,1 @@
+"""What others run: Liger-Kernel, transformers, the loop this project started from."""

@@ -1,0 +1,1 @@
+"""`python -m bench.report`: tables and charts from the committed results."""

@@ -1,0 +1,158 @@
+"""The newest figure of each GPU, size and variant out of all results, and the ratios that the goals are about."""
+
+from dataclasses import dataclass, field
+
+from bench.archive import Result
+from bench.report.goals import LOSS_HEAD_SIZE
+from model.config import PRESETS
+from model.flops import parameters
+from training.config import defaults
+from training.errors import UserError
+
+CPU = "CPU"
+NOT_PEERS = ("copy", "matmul", "triton")
+
+OpKey = tuple[str, str, str, str]
+"""GPU, op, size, pass."""
+
+
+@dataclass
+class Steps:
+    """One step on one device: the figures of each variant, or `failed` and why."""
+
+    where: str
+    preset: str
+    batch: str
+    plain_settings: bool
+    """Whether it is the preset's own batch, in half precision, deterministic: what the goals are about."""
+    variants: dict[str, dict] = field(default_factory=dict)
+
+
+class Standings:
+    """Results in order of their dates, so that a later figure takes the place of an earlier one."""
+
+    def __init__(self, results: list[Result]):
+        self._results = results
+        self._steps: dict[tuple, Steps] = {}
+        self._ops: dict[OpKey, dict] = {}
+        self._heads: dict[str, dict[str, dict]] = {}
+        take = {"step": self._take_steps, "ops": self._take_ops}
+        for result in results:
+            try:
+                take.get(result.bench, lambda _: None)(result)
+            except (KeyError, TypeError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(
+                    f"{result.path} is not what bench.{result.bench} writes ({reason}); delete it"
+                ) from None
+
+    @property
+    def gpus(self) -> list[str]:
+        """Those that a step or an op was measured on."""
+        measured = (r for r in self._results if r.bench in ("step", "ops") and r.gpu)
+        return list(dict.fromkeys(result.gpu for result in measured))
+
+    def newest(self, bench: str, *keys: str) -> list[Result]:
+        """The newest result of a command for each device and each value of these keys."""
+        found = {(r.gpu, *(r.data[key] for key in keys)): r for r in self._results if r.bench == bench}
+        return list(found.values())
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def steps(self, gpu: str, preset: str) -> dict[str, dict]:
+        """Figures by variant, of the preset's own batch, deterministic: ms, mfu, vs_compiled, peak_memory (bytes), date.
+
+        Of fused also memory_of_unchunked, where that was measured.
+        """
+        found = [s for s in self._steps.values() if (s.where, s.preset) == (gpu, preset) and s.plain_settings]
+        return _with_memory_ratio(found[-1].variants, preset) if found else {}
+
+    def all_steps(self) -> list[Steps]:
+        """Those of other batches and settings too."""
+        return list(self._steps.values())
+
+    def _take_steps(self, result: Result) -> None:
+        data = result.data
+        shape = (data["micro_steps"], data["batch_size"], data["sequence_length"])
+        settings = (data["dtype"], data["deterministic"])
+        key = (result.gpu or CPU, data["preset"], shape, settings)
+        batch = (
+            " x ".join(map(str, shape))
+            + f", {data['dtype']}"
+            + ("" if data["deterministic"] else ", not deterministic")
+        )
+        plain = _own_batch(data) and data["deterministic"] and data["dtype"] != "float32"
+        steps = self._steps.setdefault(key, Steps(result.gpu or CPU, data["preset"], batch, plain))
+        compiled = next((row["ms"] for row in data["rows"] if row["variant"] == "compiled" and "ms" in row), None)
+        for row in data["rows"]:
+            figures = {
+                name: row[name] for name in ("ms", "ms_min", "ms_max", "mfu", "peak_memory", "failed") if name in row
+            }
+            if compiled and "ms" in row:
+                figures["vs_compiled"] = compiled / row["ms"]
+            steps.variants[row["variant"]] = figures | {"date": result.date}
+
+    # -------------------------------------------------------------------------------------------------------------- ops
+
+    def op(self, gpu: str, op: str, size: str, direction: str) -> dict:
+        """Figures of the kernel: us, of_copy, tflops where counted, vs_best and best (of the peers), date."""
+        return self._ops.get((gpu, op, size, direction), {})
+
+    def all_ops(self) -> dict[OpKey, dict]:
+        """All of them; where a kernel failed, `failed` and why."""
+        return self._ops
+
+    def loss_heads(self, gpu: str) -> dict[str, dict]:
+        """Of each implementation of the loss head at the size of its goal: us, peak_memory (bytes); the ratios of `triton`."""
+        return self._heads.get(gpu, {})
+
+    def _take_ops(self, result: Result) -> None:
+        for row in result.data["rows"]:
+            timings = row["timings"]
+            key = (result.gpu or CPU, row["op"], row["size"], row["pass"])
+            self._ops[key] = _op_figures(timings, row["failed"]) | {
+                "date": result.date,
+                "absent": result.data["absent"],
+            }
+            if (row["op"], row["size"], row["pass"]) == ("linear_cross_entropy", LOSS_HEAD_SIZE, "both"):
+                heads = {name: dict(timing) for name, timing in timings.items() if name not in ("copy", "matmul")}
+                if "triton" in heads:
+                    heads["triton"] |= _op_figures(timings, {}) | _memory_ratio(heads)
+                self._heads[result.gpu or CPU] = heads
+
+
+def _own_batch(data: dict) -> bool:
+    if data["preset"] not in PRESETS:
+        return False
+    config = defaults(data["preset"], "cpu")
+    own = (config.gradient_accumulation_steps, config.batch_size, config.max_seq_len)
+    return own == (data["micro_steps"], data["batch_size"], data["sequence_length"])
+
+
+def _with_memory_ratio(variants: dict[str, dict], preset: str) -> dict[str, dict]:
+    """With `memory_of_unchunked` of the fused step: what both need beyond parameters, gradients and moments, all float32."""
+    state = 16 * parameters(defaults(preset, "cpu"))
+    memory = [variants.get(name, {}).get("peak_memory") for name in ("fused", "unchunked")]
+    if not all(memory):
+        return variants
+    ratio = (memory[0] - state) / (memory[1] - state)
+    return variants | {"fused": variants["fused"] | {"memory_of_unchunked": ratio}}
+
+
+def _op_figures(timings: dict[str, dict], failed: dict[str, str]) -> dict:
+    if "triton" not in timings:
+        return {"failed": failed["triton"]} if "triton" in failed else {}
+    triton = timings["triton"]
+    figures = {name: triton[name] for name in ("us", "of_copy", "tflops") if name in triton}
+    peers = {name: timing["us"] for name, timing in timings.items() if name not in NOT_PEERS}
+    if peers:
+        best = min(peers, key=peers.get)
+        figures |= {"best": best, "vs_best": peers[best] / triton["us"]}
+    if "sdpa-mask" in peers:
+        figures["vs_mask"] = peers["sdpa-mask"] / triton["us"]
+    return figures
+
+
+def _memory_ratio(heads: dict[str, dict]) -> dict:
+    memory = [heads.get(name, {}).get("peak_memory") for name in ("triton", "eager")]
+    return {"memory_of_eager": memory[0] / memory[1]} if all(memory) else {}

@@ -1,0 +1,1 @@
+"""`python -m bench.step`: a whole training step."""

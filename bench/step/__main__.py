@@ -1,0 +1,239 @@
+"""ms/step, tokens/s, MFU and peak memory of a whole training step: `python -m bench.step --preset reference`.
+
+Variants: plain, compiled, fused, Liger-Kernel's ops, transformers' Llama, each kernel alone; `bench/step_variants.py` lists
+them. Small models are timed in turn in one process, large ones one after another. Time includes the update and the reading of the
+loss; the batch is ready beforehand. `--compare BEFORE.json AFTER.json` only prints what changed between two.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch._dynamo.config
+from rich.console import Console
+from rich.table import Table
+
+from bench import command
+from bench.measure import Interrupted, Timing, environment, time_in_turn, write_json
+from bench.step import compare as step_compare
+from bench.step.variants import PEERS, PER_OP, VARIANTS, make_step, why_absent
+from model import flops
+from training import hardware
+from training.config import TrainConfig, defaults
+from training.device import name_of, resolve_device, resolve_dtype, set_determinism
+from training.errors import UserError
+
+# Above this, models are not held side by side: parameters, gradients and moments are 16 bytes a parameter each time.
+SIDE_BY_SIDE = 200_000_000
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(kw_only=True)
+class StepBench:
+    """Time training steps of a preset."""
+
+    preset: str = "reference"
+    """Shape and batch, as in train.py."""
+    variants: list[str] = field(default_factory=list)
+    """What to time, of bench/step_variants.py; empty: plain and compiled, and where there is a GPU fused and Liger's ops."""
+    per_op: bool = False
+    """Also each kernel alone on and each alone off."""
+    batch_size: int = 0
+    """Sequences in a micro-step; 0: the preset's."""
+    micro_steps: int = 0
+    """Micro-steps in a step; 0: the preset's."""
+    repeats: int = 5
+    """Counted steps of each variant."""
+    warmup: int = 1
+    """Steps of each variant before them, beside the three that compile it, record it and measure its memory."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype, as in train.py."""
+    deterministic: bool = True
+    """Deterministic algorithms, as in train.py."""
+    json: str = ""
+    """File to write the result to; it grows as variants are done."""
+    compare: tuple[str, str] | None = None
+    """Two results to compare, the earlier one first; nothing is measured."""
+
+
+def measure(options: StepBench, console: Console) -> dict:
+    """Time the variants, print a table and return (and write, where asked) the result.
+
+    Exit status 1, after the table, where a variant of this project failed.
+    """
+    if options.compare:
+        return step_compare.show(*options.compare, console)
+    command.check_at_least(options, batch_size=0, micro_steps=0, repeats=1, warmup=0)
+    command.check_writable(options.json)
+    config = defaults(options.preset)
+    config = replace(
+        config,
+        batch_size=options.batch_size or config.batch_size,
+        gradient_accumulation_steps=options.micro_steps or config.gradient_accumulation_steps,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    config.check()
+    set_determinism(options.deterministic)
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
+    variants = list(options.variants)
+    if not variants:
+        variants = ["plain", "compiled"] + (["fused", "liger", "liger-compiled"] if device.type == "cuda" else [])
+    variants = list(dict.fromkeys([*variants, *(PER_OP if options.per_op else ())]))
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"--variants is {variant!r}; allowed: {', '.join(VARIANTS)}")
+    if all(why_absent(variant, device) for variant in variants):
+        reasons = ", ".join(f"{variant}: {why_absent(variant, device)}" for variant in variants)
+        raise UserError(f"--variants: none of them can run on {device} ({reasons})")
+    if device.type != "cuda":
+        console.print("no GPU here: the CPU is timed, MFU is n/a, and nothing of this says how fast a GPU is")
+
+    result = {
+        "bench": "step",
+        "preset": options.preset,
+        "batch_size": config.batch_size,
+        "micro_steps": config.gradient_accumulation_steps,
+        "sequence_length": config.max_seq_len,
+        "dtype": str(dtype).removeprefix("torch."),
+        "deterministic": options.deterministic,
+        "rows": [],
+    }
+    for group in [variants] if flops.parameters(config) < SIDE_BY_SIDE else [[v] for v in variants]:
+        # Dynamo keeps eight graphs of one function and refuses more; here each variant is one, and they stay side by side.
+        with torch._dynamo.config.patch(recompile_limit=2 * len(VARIANTS)):
+            rows, stopped = _time_group(group, config, options, device, dtype, console)
+        result["rows"] += rows
+        result["environment"] = environment()
+        if options.json:
+            write_json(options.json, result)
+        if stopped:
+            console.print(table(result))
+            raise KeyboardInterrupt
+        torch.compiler.reset()  # compiled code holds on to the models it was compiled for
+        _release(device)
+    console.print(table(result))
+    excused = {OUT_OF_MEMORY, *(why_absent(variant, device) for variant in variants)}
+    ours = [row for row in result["rows"] if row["variant"] not in PEERS]
+    if any(row.get("failed", OUT_OF_MEMORY) not in excused for row in ours):
+        raise SystemExit(1)
+    return result
+
+
+def _time_group(
+    variants: list[str],
+    config: TrainConfig,
+    options: StepBench,
+    device: torch.device,
+    dtype: torch.dtype,
+    console: Console,
+) -> tuple[list[dict], bool]:
+    """Variants timed in turn: one row of figures each, and whether Ctrl-C cut the turns short."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.gradient_accumulation_steps, config.batch_size, config.max_seq_len + 1)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+    micro_batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+    calls: dict[str, Callable[[], float]] = {}
+    costs: dict[str, dict] = {}
+    with console.status("") as status:
+        for variant in variants:
+            if reason := why_absent(variant, device):
+                costs[variant] = {"failed": reason}
+                continue
+            status.update(f"{variant}: the first steps")
+            try:
+                calls[variant], costs[variant] = _first_steps(variant, config, device, dtype, micro_batches)
+            except torch.OutOfMemoryError:
+                costs[variant] = {"failed": OUT_OF_MEMORY}
+            except Exception as error:  # a peer's or a kernel's: the others are measured none the less
+                costs[variant] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            if variant not in calls:
+                _release(device)
+        stopped = False
+        try:
+            timings = time_in_turn(calls, repeats=options.repeats, warmup=options.warmup, progress=status.update)
+        except Interrupted as stop:
+            timings, stopped = stop.timings, True
+    timed = {name: figures(timing, config, device, dtype) for name, timing in timings.items()}
+    return [{"variant": variant} | timed.get(variant, {}) | costs[variant] for variant in variants], stopped
+
+
+def _release(device: torch.device) -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _first_steps(
+    variant: str, config: TrainConfig, device: torch.device, dtype: torch.dtype, micro_batches: list[tuple]
+) -> tuple[Callable[[], float], dict]:
+    """A variant's step, after the three that tell the time to the first one (s) and the peak memory (bytes)."""
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0  # by the variants that are held beside this one
+    start = time.perf_counter()
+    step = make_step(variant, config, device, dtype, micro_batches)
+    step()
+    seconds = time.perf_counter() - start
+    step()
+    if on_gpu:  # the third step: a captured one is recorded there, in memory of its own
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
+    return step, {"seconds_to_first_step": seconds, "peak_memory": peak}
+
+
+def figures(timing: Timing, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> dict:
+    tokens = config.batch_size * config.gradient_accumulation_steps * config.max_seq_len
+    rate = tokens / timing.median
+    flops_per_token = flops.flops_per_token(config)
+    return {
+        "ms": 1000 * timing.median,
+        "ms_min": 1000 * timing.minimum,
+        "ms_max": 1000 * timing.maximum,
+        "repeats": timing.repeats,
+        "tokens_per_second": rate,
+        "tflops": rate * flops_per_token / 1e12,
+        "mfu": hardware.mfu(flops_per_token, rate, name_of(device), str(dtype).removeprefix("torch.")),
+    }
+
+
+def table(result: dict) -> Table:
+    """The result as people read it. Speeds are relative to `compiled`, or to the first variant that ran."""
+    env = result["environment"]
+    ms = {row["variant"]: row["ms"] for row in result["rows"] if "ms" in row}
+    base = "compiled" if "compiled" in ms else next(iter(ms), "")
+    shown = Table(
+        title=f"{result['preset']}: {result['micro_steps']} x {result['batch_size']} x {result['sequence_length']} tokens, "
+        f"{result['dtype']}, {env['device']}, torch {env['torch']}",
+        caption="MFU: (6 N_matmul + 12 L H D T) FLOPs a token, over the GPU's dense peak; speed: above 1 is faster",
+    )
+    shown.add_column("variant")
+    for heading in ("ms/step", "min - max", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "first step s", f"vs {base}"):
+        shown.add_column(heading, justify="right")
+    for row in result["rows"]:
+        if "ms" not in row:
+            shown.add_row(row["variant"], row["failed"])
+            continue
+        shown.add_row(
+            row["variant"],
+            f"{row['ms']:.2f}",
+            f"{row['ms_min']:.2f} - {row['ms_max']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tflops']:.3f}",
+            "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            "n/a" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f}",
+            f"{row['seconds_to_first_step']:.1f}",
+            f"{ms[base] / row['ms']:.2f}x",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    command.run(StepBench, __doc__, measure)

@@ -1,0 +1,103 @@
+"""What `bench.step` times: one training step of equal models, computed in different ways.
+
+    reference, reference-compiled    the loop this project started from (`bench/reference_loop.py`)
+    plain, compiled                  the torch twins, eager and under torch.compile, with torch's AdamW
+    fused                            every Triton kernel, AdamW's too, compiled and captured as a CUDA graph
+    fused-uncaptured                 the same without the graph
+    only-OP, without-OP              one kernel alone on, or alone off; OP: a switch of train.py --kernels, or adamw
+    unchunked                        compiled, with a loss head that holds all logits: a product and F.cross_entropy
+    liger, liger-compiled            Liger-Kernel's ops in the same model, torch's attention and AdamW
+    transformers                     Hugging Face's Llama of equal size under autocast, with SDPA and torch's AdamW, eager
+
+`only-` and `without-` run uncaptured, so that the difference to compiled and to fused-uncaptured is the kernel's.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from bench.measure import version
+from bench.peers import liger, transformers_llama
+from bench.peers.reference_loop import AutocastStep, ReferenceLlama
+from kernels.grammar import SWITCHES
+from model import Llama
+from model.linear import linear
+from training.config import TrainConfig
+from training.distributed import World
+from training.step.trainer import Trainer
+
+WHOLE = ("reference", "reference-compiled", "plain", "compiled", "fused", "fused-uncaptured", "unchunked")
+PEERS = {"liger": "liger-kernel", "liger-compiled": "liger-kernel", "transformers": "transformers"}
+"""Variants that need a package, and its name."""
+PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in (*SWITCHES, "adamw"))
+VARIANTS = (*WHOLE, *PEERS, *PER_OP)
+
+MicroBatches = list[tuple[Tensor, Tensor]]
+
+
+def why_absent(variant: str, device: torch.device) -> str | None:
+    """Why a variant can't run here, if it can't."""
+    if variant in PEERS and version(PEERS[variant]) is None:
+        return f"{PEERS[variant]} is not installed"
+    runs_triton = variant.startswith(("fused", "liger", "only-", "without-"))
+    return "no GPU" if runs_triton and device.type != "cuda" else None
+
+
+def selection(variant: str) -> dict[str, object]:
+    """The options of train.py that make a variant of `model.Llama`."""
+    if variant in ("plain", "liger"):
+        return {"compile": False}
+    if variant.startswith("fused"):
+        options = {"fused": True, "optimizer": "fused-adamw", "capture": variant == "fused"}
+    elif variant in PER_OP:
+        way, _, op = variant.partition("-")
+        layers = {"only": "none", "without": "all"}[way]
+        if op != "adamw":
+            layers = f"{layers},{'-' * (way == 'without')}{op}"
+        fused_update = (op == "adamw") == (way == "only")
+        options = {"kernels": layers, "optimizer": "fused-adamw" if fused_update else "adamw", "capture": False}
+    else:
+        options = {}
+    return options | {"compile": True}
+
+
+def all_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    compute_weight: Tensor | None = None,
+) -> Tensor:
+    """The loss head without chunks, its softmax in float32 as under autocast."""
+    logits = linear(hidden, weight, compute_weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def make_step(
+    variant: str, config: TrainConfig, device: torch.device, dtype: torch.dtype, micro_batches: MicroBatches
+) -> Callable[[], float]:
+    """A step of a fresh model on always the same batch, which returns its loss."""
+    torch.manual_seed(config.seed)
+    if variant.startswith("reference") or variant == "transformers":
+        make_model = ReferenceLlama if variant != "transformers" else transformers_llama.TransformersLlama
+        with device:
+            model = make_model(config.shape())
+        step = AutocastStep(model, device, dtype, compiled=variant.endswith("compiled"))
+        return lambda: step(micro_batches)
+    config = replace(config, **selection(variant))
+    ops = kernels.select(config.kernel_spec, config.n_layers)
+    if variant.startswith("liger"):
+        ops = [replace(kernels.TORCH, **liger.ops())] * len(ops)
+    if variant == "unchunked":
+        ops = [replace(kernels.TORCH, linear_cross_entropy=all_logits)] * len(ops)
+    with device:
+        model = Llama(config.shape(), ops, dtype)
+    trainer = Trainer(model, config, World())
+    valid = sum(targets.numel() for _, targets in micro_batches)
+    batches = [(tokens, targets, None) for tokens, targets in micro_batches]
+    return lambda: trainer.step(batches, valid, config.learning_rate).loss.item()

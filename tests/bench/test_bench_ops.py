@@ -1,0 +1,334 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench.archive import Result
+from bench.measure import Timing, environment
+from bench.ops import __main__ as ops
+from bench.ops.__main__ import OpsBench, copy_of, matmul_ceilings, measure, measure_case
+from bench.ops.cases import CASES
+from bench.ops.peers import PEERS, Peer
+from bench.peers import liger
+from bench.report.standings import Standings
+from kernels.launch import INTERPRETED
+from training.config import TrainConfig
+from training.errors import UserError
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = TrainConfig(max_seq_len=6, batch_size=2, dim=32, n_heads=4, n_kv_heads=2, ffn_dim=24, vocab_size=256)
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+pytestmark = pytest.mark.usefixtures("determinism_put_back")
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+# ---------------------------------------------------------------------------------------------------------------- figures
+
+
+def timings(**us):
+    return {name: Timing(1e-6 * x, 1e-6 * x, 1e-6 * x, 1) for name, x in us.items()}
+
+
+def test_flops_are_reported_as_teraflops_and_as_a_share_of_the_matmul():
+    # 8 GFLOP in 20 us are 400 TFLOP/s, half of what the matmul did
+    figures = ops.figures("forward", 8000, timings(copy=2, triton=20, flex=40), 8 * 10**9, ceiling=800e12)
+    assert figures["flops"] == 8 * 10**9
+    assert figures["timings"]["triton"]["tflops"] == pytest.approx(400)
+    assert figures["timings"]["triton"]["of_matmul"] == pytest.approx(0.5)
+    assert figures["timings"]["flex"]["tflops"] == pytest.approx(200)
+    assert figures["timings"]["triton"]["of_copy"] == pytest.approx(0.1)
+    assert figures["speedup"]["flex"] == pytest.approx(2)
+    assert "tflops" not in figures["timings"]["copy"]
+
+
+def test_where_memory_is_the_limit_there_are_no_flops():
+    assert "tflops" not in ops.figures("forward", 8000, timings(copy=2, triton=20))["timings"]["triton"]
+    assert "of_matmul" not in ops.figures("forward", 1, timings(copy=2, triton=20), 10)["timings"]["triton"]
+
+
+def test_the_best_peer_is_the_fastest_and_no_ceiling():
+    assert ops.against_best({"copy": 0.5, "eager": 3.0, "flex": 1.25}) == "1.25x flex"
+    assert ops.against_best({"copy": 0.5}) == "n/a"
+
+
+class HotClock:
+    """A clock for matrix products that take 1 ms each, and 2 ms once 50 were made."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.products, self.rested = 0.0, 0, []
+        multiply = torch.Tensor.__matmul__
+
+        def product(a, b):
+            self.products += 1
+            self.now += 1e-3 if self.products <= 50 else 2e-3
+            return multiply(a, b)
+
+        monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+        monkeypatch.setattr(ops.time, "sleep", lambda seconds: self.rested.append((self.products, seconds)))
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_matmul_is_timed_after_a_rest_and_when_it_has_run_for_long(monkeypatch):
+    clock = HotClock(monkeypatch)
+    ceilings = matmul_ceilings(torch.float32, CPU, clock=clock, rest=3.0, seconds=0.1)
+    assert clock.rested == [(2, 3.0)]  # after a first call, and its warm-up
+    assert ceilings["matmul_tflops"] == pytest.approx(2 * 512**3 / 1e-3 / 1e12)
+    assert ceilings["sustained_matmul_tflops"] == pytest.approx(2 * 512**3 / 2e-3 / 1e12)
+
+
+def test_the_copy_moves_the_bytes_it_is_asked_for():
+    target = copy_of(1000, DEVICE)()
+    assert target.nbytes == 500
+    assert target.any()
+
+
+# ----------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_on_a_gpu_each_call_starts_from_cold_caches_and_each_backward_from_a_new_graph(monkeypatch):
+    happened = []
+
+    class Instant:
+        def __init__(self):
+            happened.append("clock")
+
+        def __sub__(self, earlier):
+            return 1.0
+
+    class Recorder:
+        def __init__(self, op, variant, case):
+            pass
+
+        def __getattr__(self, name):
+            return lambda direction: happened.append(f"{name} {direction}")
+
+    memory = iter([700, 1000])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(memory))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: happened.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(memory))
+    monkeypatch.setattr(ops, "GpuInstant", Instant)
+    monkeypatch.setattr(ops, "Contender", Recorder)
+    monkeypatch.setattr(ops, "gpu_flush", lambda device: lambda: happened.append("flush"))
+    monkeypatch.setattr(ops, "copy_of", lambda n_bytes, device: lambda: happened.append("copy"))
+    monkeypatch.setattr(ops, "WARMUP", 0)
+    case = CASES["swiglu"](SMALL, torch.float32, META)
+    rows = measure_case("swiglu", case, ["triton"], torch.device("cuda"), repeats=1)
+    copy = ["flush", "clock", "copy", "clock"]
+    forward = ["prepare forward", "flush", "clock", "run forward", "clock"]
+    backward = ["prepare backward", "flush", "clock", "run backward", "clock"]
+    assert happened == copy + forward + copy + backward + ["reset", "run both"]
+    assert [row["pass"] for row in rows] == ["forward", "backward", "both"]
+    assert rows[2]["timings"]["triton"]["peak_memory"] == 300
+    assert rows[2]["timings"]["triton"]["us"] == pytest.approx(2e6)  # the sum of the two
+    assert not any("peak_memory" in row["timings"][name] for row in rows[:2] for name in ("copy", "triton"))
+
+
+def test_a_loss_head_is_timed_without_gradients_and_as_a_whole(uncompiled):
+    case = CASES["linear_cross_entropy"](SMALL, torch.float32, CPU)
+    rows = measure_case("linear_cross_entropy", case, ["eager", "twin"], CPU, repeats=1, ceiling=1e12)
+    assert [row["pass"] for row in rows] == ["evaluation", "both"]
+    assert [row["flops"] for row in rows] == [2 * 12 * 32 * 256, 6 * 12 * 32 * 256]
+    assert all(row["timings"]["twin"]["of_matmul"] > 0 for row in rows)
+
+
+def test_a_planted_delay_shows_in_the_variant_that_has_it(monkeypatch):
+    seconds = iter(range(1000))
+    clock = SimpleNamespace(now=0.0)
+
+    def slow(x):
+        clock.now += 2.0
+        return x * 2
+
+    def fast(x):
+        clock.now += 1.0
+        return x * 2
+
+    monkeypatch.setattr(ops, "clock_of", lambda device: lambda: clock.now + 1e-9 * next(seconds))
+    monkeypatch.setitem(PEERS, "swiglu", {"eager": Peer(lambda case: slow), "triton": Peer(lambda case: fast)})
+    forward, *_ = measure_case(
+        "swiglu", CASES["swiglu"](SMALL, torch.float32, CPU), ["eager", "triton"], CPU, repeats=3
+    )
+    assert forward["speedup"]["eager"] == pytest.approx(2.0, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- command
+
+
+def test_on_a_cpu_the_twins_are_measured_and_the_rest_is_named(console, tmp_path, monkeypatch, uncompiled):
+    monkeypatch.setattr(liger, "installed", lambda: False)
+    path = tmp_path / "ops.json"
+    result = measure(OpsBench(op="swiglu", repeats=2, device="cpu", json=str(path)), console)
+    assert json.loads(path.read_text()) == result
+    assert result["absent"] == {"liger": "not installed", "triton": "no GPU"}
+    assert result["deterministic"]
+    assert "ceilings" not in result  # of a matmul, which a pointwise op is not measured by
+    forward, backward, both = result["rows"]
+    assert [row["pass"] for row in result["rows"]] == ["forward", "backward", "both"]
+    assert set(forward["timings"]) == {"copy", "eager", "compiled"}
+    assert both["bytes"] == forward["bytes"] + backward["bytes"] == 8 * 1024 * 352 * 4
+    assert both["timings"]["eager"]["us"] == pytest.approx(
+        forward["timings"]["eager"]["us"] + backward["timings"]["eager"]["us"]
+    )
+    shown = console.file.getvalue()
+    assert shown.count("no GPU here") == 1
+    assert shown.count("not installed") == 3
+
+
+def test_what_a_gpu_bench_of_attention_would_compare_is_named_on_a_cpu(console, monkeypatch, uncompiled):
+    monkeypatch.setattr(ops, "matmul_ceilings", lambda *_: {"matmul_tflops": 0.5, "sustained_matmul_tflops": 0.25})
+    result = measure(OpsBench(op="attention", repeats=1, device="cpu"), console)
+    assert {row["op"] for row in result["rows"]} == {"attention", "packed_attention"}
+    assert set(result["absent"]) == {"sdpa-cudnn", "sdpa-efficient", "flex", "varlen", "triton"}
+    assert not any(row["failed"] for row in result["rows"])
+    assert {"eager", "sdpa-flash"} <= set(result["rows"][0]["timings"])
+    assert {"eager", "sdpa-mask"} <= set(result["rows"][-1]["timings"])
+    shown = console.file.getvalue()
+    assert shown.count("no GPU here") == 1
+    assert shown.count("a matmul in this run: 0.5 TFLOP/s in a burst, 0.25 sustained") == 2
+
+
+def test_the_report_finds_the_figures_it_is_about(console, monkeypatch, uncompiled):
+    monkeypatch.setattr(ops, "matmul_ceilings", lambda *_: {"matmul_tflops": 1.0, "sustained_matmul_tflops": 1.0})
+    monkeypatch.setattr(
+        ops, "why_absent", lambda op, variant, device: "no GPU" if PEERS[op][variant].needs_gpu else None
+    )
+    triton = Peer(PEERS["linear_cross_entropy"]["twin"].make)
+    monkeypatch.setitem(PEERS["linear_cross_entropy"], "triton", triton)
+    monkeypatch.setattr("bench.report.standings.LOSS_HEAD_SIZE", "smoke")
+    result = measure(OpsBench(op="linear_cross_entropy", repeats=1, device="cpu"), console)
+    for timing in result["rows"][-1]["timings"].values():
+        timing["peak_memory"] = 2**30
+    standings = Standings([Result(Path("x.json"), result)])
+    heads = standings.loss_heads("CPU")
+    assert {"eager", "compiled", "F.linear_cross_entropy", "triton"} <= set(heads)
+    assert heads["triton"]["memory_of_eager"] == 1
+    assert {"tflops", "vs_best", "us"} <= set(standings.op("CPU", "linear_cross_entropy", "smoke", "both"))
+
+
+def test_memory_is_a_row_of_its_own_where_flops_are_counted():
+    both = ops.figures("both", 8000, timings(copy=2, eager=40, triton=20), 10**9, ceiling=1e15)
+    both["timings"]["eager"]["peak_memory"] = 3 * 2**30
+    both["timings"]["triton"]["peak_memory"] = 2**29
+    rows = [{"op": "attention", "size": "124m", "shape": "2 x 2"} | both | {"failed": {"flex": "RuntimeError: no"}}]
+    result = {"dtype": "bfloat16", "environment": environment(), "absent": {"liger": "not installed"}}
+    result["ceilings"] = {"matmul_tflops": 800.0, "sustained_matmul_tflops": 700.0}
+    shown = ops.table("attention", rows, ["eager", "flex", "liger", "triton"], result)
+    cells = list(zip(*(column.cells for column in shown.columns), strict=True))
+    assert [column.header for column in shown.columns][-3:] == ["TFLOP/s", "of matmul", "vs best peer"]
+    assert cells[0] == (
+        "124m",
+        "2 x 2",
+        "both",
+        "2.0",
+        "40.0",
+        "failed",
+        "not installed",
+        "20.0",
+        "50",
+        "5%",
+        "2.00x eager",
+    )
+    assert cells[1][2:8] == ("peak GiB", "", "3.00", "", "", "0.50")
+    assert "failed: flex: RuntimeError: no" in shown.caption
+    assert "800 TFLOP/s in a burst, 700 sustained" in shown.caption
+
+
+def test_what_fails_is_named_and_the_others_are_measured(console, monkeypatch):
+    def fail(case):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setitem(PEERS["swiglu"], "compiled", Peer(fail))
+    options = OpsBench(op="swiglu", repeats=1, device="cpu", variants=["eager", "compiled"])
+    row = measure(options, console)["rows"][0]
+    assert row["failed"] == {"compiled": "RuntimeError: first line"}
+    assert set(row["timings"]) == {"copy", "eager"}
+    assert "failed: compiled: RuntimeError: first line" in console.file.getvalue()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which stands in for a GPU")
+def test_a_kernel_that_fails_is_an_exit_status_and_one_that_runs_is_a_column(console, monkeypatch):
+    monkeypatch.setattr(ops, "why_absent", lambda op, variant, device: None)
+    monkeypatch.setattr(ops, "size", lambda name: SMALL)
+    options = OpsBench(op="swiglu", repeats=1, device="cpu", variants=["eager", "triton"])
+    row = measure(options, console)["rows"][2]
+    assert row["speedup"]["eager"] == pytest.approx(row["timings"]["eager"]["us"] / row["timings"]["triton"]["us"])
+    assert "vs best peer" in console.file.getvalue()
+    monkeypatch.setitem(PEERS["swiglu"], "triton", Peer(lambda case: None))
+    with pytest.raises(SystemExit) as stopped:
+        measure(options, console)
+    assert stopped.value.code == 1
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_switch_of_determinism_is_kept_to_and_written_down(console, deterministic):
+    options = OpsBench(op="swiglu", repeats=1, device="cpu", variants=["eager"], deterministic=deterministic)
+    assert measure(options, console)["deterministic"] is deterministic
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"op": "gelu"}, "--op is 'gelu', which is in the name of no op that has a kernel: rms_norm, add_rms_norm"),
+        ({"preset": ["gpt2"]}, "--preset is 'gpt2'; allowed: reference, .*, 8192x8192"),
+        ({"variants": ["flash"]}, "--variants is 'flash'; allowed: eager, compiled, .*sdpa-flash"),
+        ({"repeats": 0}, "--repeats is 0; it must be at least 1"),
+        ({"device": "tpu"}, "--device is 'tpu'; allowed: auto"),
+    ],
+)
+def test_mistakes_in_the_options_are_named(console, options, message):
+    with pytest.raises(UserError, match=message):
+        measure(OpsBench(**options), console)
+
+
+def run(*arguments):
+    # A worker of pytest-xdist says so in its environment, and pytest-benchmark refuses to measure in one.
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    project = Path(__file__).parents[2]
+    line = [sys.executable, "-m", *arguments]
+    return subprocess.run(
+        line, cwd=project, env=inherited | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_pytest_benchmark_runs_the_same_cases(tmp_path):
+    result = tmp_path / "benchmark.json"
+    only = "(swiglu or linear_cross_entropy) and (copy or twin)"
+    cases = run("pytest", "bench", "--benchmark-only", "-k", only, f"--benchmark-json={result}")
+    assert cases.returncode == 0, cases.stdout
+    measured = json.loads(result.read_text())["benchmarks"]
+    passes = {"swiglu smoke forward", "swiglu smoke backward"}
+    passes |= {"linear_cross_entropy smoke evaluation", "linear_cross_entropy smoke both"}
+    assert {m["group"] for m in measured} == passes
+    assert all(m["extra_info"]["bytes"] > 0 for m in measured)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_the_command_runs_on_a_cpu_with_the_compiler():
+    bench = run("bench.ops", "--repeats", "3")
+    assert bench.returncode == 0, bench.stderr
+    assert "compiled" in bench.stdout
+    assert "failed" not in bench.stdout
+    for mistake in (run("bench.ops", "--op", "gelu"), run("bench.ops", "--tune", "attention")):
+        assert mistake.returncode == 2
+        assert mistake.stderr.count("\n") == 1

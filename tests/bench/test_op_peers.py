@@ -1,0 +1,218 @@
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from bench.ops import peers as op_peers
+from bench.ops.cases import CASES
+from bench.ops.peers import PEERS, VARIANTS, Contender, Peer, document_starts, sdpa, why_absent
+from bench.peers import liger
+from kernels.launch import INTERPRETED
+from training.config import TrainConfig
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# Heads of 16, attention's least.
+SMALL = TrainConfig(
+    max_seq_len=6, batch_size=2, dim=64, n_heads=4, n_kv_heads=2, ffn_dim=24, vocab_size=256, n_layers=1
+)
+
+needs_kernels = pytest.mark.skipif(not (INTERPRETED or DEVICE == CUDA), reason="needs a GPU or the interpreter")
+
+
+def case_of(op):
+    torch.manual_seed(0)
+    return CASES[op](SMALL, torch.float32, DEVICE)
+
+
+def results(function, case, arguments=()):
+    """Outputs and gradients; of an op that returns nothing, the buffers that it leaves."""
+    arguments = arguments or case.arguments
+    outputs = function(*arguments, **case.keywords)
+    if outputs is None:
+        return [x for x in arguments if x is not None and x.ndim]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.manual_seed(1)
+    upstream = [torch.randn(y.shape, device=y.device, dtype=y.dtype) for y in outputs]
+    wanted = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
+
+
+def check_same(op, make, liger_arguments=False):
+    expected = results(PEERS[op]["eager"].make(case_of(op)), case_of(op))
+    case = case_of(op)
+    actual = results(make(case), case, case.liger_arguments if liger_arguments else ())
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    if op == "adamw":  # one update moves a parameter by 1e-4, and weight decay by 1e-5 of itself
+        tolerance = {"rtol": 1e-6, "atol": 1e-6}
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------ they compute one thing
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", [op for op in CASES if op != "linear_cross_entropy"])
+def test_the_kernel_computes_what_the_twin_computes(op):
+    check_same(op, PEERS[op]["triton"].make)
+
+
+@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "adamw", "packed_attention"])
+def test_peers_that_run_here_compute_what_the_twin_computes(op):
+    here = [v for v in PEERS[op] if v not in ("eager", "compiled", "triton") and not why_absent(op, v, DEVICE)]
+    assert len(here) >= 1
+    for variant in here:
+        check_same(op, PEERS[op][variant].make)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_sdpa_with_and_without_grouped_queries_computes_what_the_twin_computes(grouped):
+    seen = []
+
+    def watched(q, k, v):
+        seen.append(k.shape)
+        return sdpa(SDPBackend.MATH, grouped=grouped)(q, k, v)
+
+    check_same("attention", lambda case: watched)
+    assert seen == [(2, 6, 2, 16)]
+
+
+@pytest.mark.parametrize("op", ["attention", "packed_attention"])
+def test_flex_attention_computes_what_the_twin_computes(op, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = case_of(op)
+    arguments = [x.detach() for x in case.arguments]  # on a CPU it has no backward
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is slow uncompiled
+        actual = op_peers.flex(case)(*arguments)
+    torch.testing.assert_close(actual, PEERS[op]["eager"].make(case)(*case.arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("op", [op for op in PEERS if "liger" in PEERS[op]])
+def test_liger_computes_what_the_twin_computes(op):
+    pytest.importorskip("liger_kernel")
+    check_same(op, PEERS[op]["liger"].make, liger_arguments=bool(case_of(op).liger_arguments))
+
+
+def test_documents_laid_end_to_end():
+    first_key = torch.tensor([[0, 0, 2, 2, 2, 5], [0, 0, 0, 0, 4, 4]], dtype=torch.int32)
+    starts, longest = document_starts(first_key)
+    assert starts.tolist() == [0, 2, 5, 6, 10, 12]
+    assert starts.dtype == torch.int32
+    assert longest == 4
+
+
+# ----------------------------------------------------------------------------------------------------------- who is there
+
+
+def test_the_peers_that_the_goals_name_are_there():
+    assert {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex", "compiled"} <= set(PEERS["attention"])
+    assert {"sdpa-mask", "flex"} <= set(PEERS["packed_attention"])
+    assert {"eager", "compiled", "F.linear_cross_entropy", "liger"} <= set(PEERS["linear_cross_entropy"])
+    assert all("triton" in peers and "eager" in peers for peers in PEERS.values())
+    assert all(set(peers) <= set(VARIANTS) for peers in PEERS.values())
+
+
+def test_who_is_absent_is_known_with_the_reason(monkeypatch):
+    monkeypatch.setattr(liger, "installed", lambda: False)
+    assert why_absent("swiglu", "liger", CUDA) == "not installed"
+    assert why_absent("swiglu", "triton", CPU) == "no GPU"
+    assert why_absent("attention", "flex", CPU) == "no GPU"
+    assert why_absent("attention", "flex", CUDA) is None
+    assert why_absent("attention", "eager", CPU) is None
+    monkeypatch.setattr(liger, "installed", lambda: True)
+    assert why_absent("swiglu", "liger", CPU) == "no GPU"
+    assert why_absent("swiglu", "liger", CUDA) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- contender
+
+
+def put(monkeypatch, op, function, **options):
+    monkeypatch.setitem(PEERS[op], "eager", Peer(lambda case: function, **options))
+
+
+def test_each_backward_goes_through_a_forward_of_its_own(monkeypatch):
+    calls = []
+    put(monkeypatch, "swiglu", lambda x: calls.append(1) or torch.tanh(x))
+    contender = Contender("swiglu", "eager", case_of("swiglu"))
+    before = len(calls)
+    for _ in range(2):
+        contender.prepare("forward")
+        contender.prepare("backward")
+        contender.run("backward")
+    assert len(calls) - before == 2
+    with pytest.raises(RuntimeError):
+        contender.run("backward")
+
+
+def test_a_pass_is_what_its_name_says(monkeypatch):
+    wanted = []
+
+    def function(hidden, weight, targets):
+        wanted.append(torch.is_grad_enabled())
+        return (hidden.sum() + weight.sum()).float()
+
+    put(monkeypatch, "linear_cross_entropy", function)
+    contender = Contender("linear_cross_entropy", "eager", case_of("linear_cross_entropy"))
+    wanted.clear()
+    contender.run("evaluation")
+    contender.run("both")
+    contender.run("forward")
+    assert wanted == [False, True, True]
+
+
+def test_a_loss_has_one_as_its_upstream_gradient_as_backward_would_give(monkeypatch):
+    put(monkeypatch, "linear_cross_entropy", lambda hidden, weight, targets: (hidden + weight.sum()).sum())
+    contender = Contender("linear_cross_entropy", "eager", case_of("linear_cross_entropy"))
+    contender._outputs = contender.forward()
+    assert torch.equal(contender.backward()[0], torch.ones(12, 64, device=DEVICE))
+
+
+def test_only_what_has_no_deterministic_form_is_spared_determinism(monkeypatch, determinism_put_back):
+    assert {v for peers in PEERS.values() for v, peer in peers.items() if not peer.deterministic} == {"sdpa-cudnn"}
+    seen = []
+
+    def function(x):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return x * 2
+
+    torch.use_deterministic_algorithms(True)
+    for deterministic in (True, False):
+        put(monkeypatch, "swiglu", function, deterministic=deterministic)
+        Contender("swiglu", "eager", case_of("swiglu")).run("forward")
+        assert set(seen) == {deterministic}
+        assert torch.are_deterministic_algorithms_enabled()
+        seen.clear()
+
+
+def test_what_fails_fails_when_it_is_made(monkeypatch):
+    def function(x):
+        raise RuntimeError("no kernel")
+
+    put(monkeypatch, "swiglu", function)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        Contender("swiglu", "eager", case_of("swiglu"))
+
+
+def test_liger_is_called_with_arguments_laid_out_for_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(liger, "ops", lambda: {"rope": lambda *arguments: seen.append(arguments) or arguments[:2]})
+    case = case_of("rope")
+    Contender("rope", "liger", case)
+    assert all(given is wanted for given, wanted in zip(seen[0], case.liger_arguments, strict=True))
+    assert seen[0][0].is_contiguous()
+
+
+def test_torchs_update_writes_the_copies_too():
+    case = CASES["adamw"](replace(SMALL, vocab_size=300), torch.bfloat16, DEVICE)
+    before = case.arguments[0].clone()
+    Contender("adamw", "torch-fused", case)
+    values, copies = case.arguments[0], case.arguments[4]
+    assert not torch.equal(values, before)
+    assert torch.equal(copies, values[: copies.numel()].bfloat16())

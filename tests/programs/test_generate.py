@@ -1,0 +1,189 @@
+"""generate.py from the outside: the same text from the same seed, and what is said of bad input."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+import train
+from tests.support.run_testing import ROOT, TINY, Result, arguments, call, finish, start, write_text
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The folder of a run that has learned a little: two checkpoints, of which the first is the best."""
+    folder = tmp_path_factory.mktemp("generate")
+    text = {"data": write_text(folder / "text.txt"), "data_dir": folder / "data", "out_dir": folder / "out"}
+    longer = {"max_iters": 60, "eval_interval": 30, "max_seq_len": 64, "always_save_checkpoint": True}
+    assert call(train, arguments(**TINY | text | longer)).status == 0
+    (folder / "out" / "best").write_text("step-00000030\n")
+    return folder / "out"
+
+
+def text_of(*words: str | Path) -> str:
+    result = call(generate, [str(word) for word in words])
+    assert (result.status, result.err) == (0, "")
+    return result.out
+
+
+def refused(result: Result, message: str) -> None:
+    assert result.status == 2
+    assert re.fullmatch(r"generate\.py: error: [^\n]*\n", result.err), result.err
+    assert re.search(message, result.err)
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another(run):
+    assert text_of(run, "--seed=1") == text_of(run, "--seed=1")
+    assert text_of(run, "--seed=1") != text_of(run, "--seed=2")
+
+
+def test_a_program_of_its_own_writes_the_same_text(run):
+    result = finish(start("generate.py", [str(run), "--seed=3", "--prompt=the"]))
+    assert (result.status, result.err) == (0, "")
+    assert result.out == text_of(run, "--seed=3", "--prompt=the")
+
+
+def test_greedy_text_does_not_depend_on_the_seed(run):
+    greedy = text_of(run, "--temperature=0", "--seed=1")
+    assert greedy == text_of(run, "--temperature=0", "--seed=2")
+    assert greedy == text_of(run, "--top-k=1", "--seed=3")
+    assert greedy == text_of(run, "--top-p=1e-9", "--seed=4")
+    assert greedy != text_of(run, "--seed=1")
+
+
+def test_the_text_begins_with_the_prompt_and_goes_on(run):
+    text = text_of(run, "--prompt=the cat sat", "--temperature=0")
+    assert text.startswith("the cat sat")
+    assert len(text) > len("the cat sat\n")
+    assert text_of(run, "--prompt=the cat sat", "--max-new-tokens=0") == "the cat sat\n"
+
+
+def test_the_text_ends_where_the_model_does(run):
+    assert text_of(run, "--max-new-tokens=1000", "--seed=1") == text_of(run, "--max-new-tokens=63", "--seed=1")
+
+
+def test_a_checkpoint_is_named_by_its_place_or_its_folder(run):
+    texts = {which: text_of(run, f"--which={which}") for which in ("last", "best", "step-00000030", "step-00000060")}
+    assert texts["last"] == texts["step-00000060"] == text_of(run) == text_of(run / "step-00000060")
+    assert texts["best"] == texts["step-00000030"] == text_of(run / "step-00000030", "--which=last")
+    assert texts["best"] != texts["last"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_writes_text_too(run, dtype):
+    assert text_of(run, f"--dtype={dtype}", "--prompt=the cat", "--temperature=0").startswith("the cat")
+
+
+def test_a_run_with_kernels_needs_no_gpu_to_write(run, tmp_path, monkeypatch):
+    """Whatever a run was trained with, its text is written with the torch twins."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    from training.checkpoint import files as checkpoint
+
+    saved = checkpoint.load(run)
+    config = saved.config_toml.replace("fused = false", "fused = true").replace('device = "cpu"', 'device = "cuda:7"')
+    checkpoint.save(
+        tmp_path,
+        saved.step,
+        tensors={"model": saved.tensors("model")},
+        state={},
+        config_toml=config,
+        tokenizer=saved.tokenizer,
+        best=False,
+        keep=1,
+    )
+    assert text_of(tmp_path, "--seed=1") == text_of(run, "--seed=1")
+
+
+def test_a_terminal_that_knows_only_ascii_gets_escapes(run):
+    result = finish(
+        start("generate.py", [str(run), "--prompt=é\x1b[2J", "--max-new-tokens=0"], PYTHONIOENCODING="ascii")
+    )
+    assert (result.status, result.out) == (0, "\\xe9\\x1b[2J\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--prompt=" + "x" * 100, r"--prompt: prompt has \d+ tokens; it must have from 1 to 63"),
+        (
+            "--which=step-00000007",
+            "there is no checkpoint 'step-00000007' in .*, which holds step-00000030, step-00000060",
+        ),
+        ("--which=../best", "there is no checkpoint '../best'"),
+        ("--temperature=-1", "--temperature is -1.0; it must be at least 0, and finite"),
+        ("--temperature=nan", "--temperature is nan"),
+        ("--temperature=inf", "--temperature is inf"),
+        ("--top-k=-1", "--top-k is -1"),
+        ("--top-p=0", "--top-p is 0.0; it must be more than 0 and at most 1"),
+        ("--top-p=1.5", "--top-p is 1.5"),
+        ("--top-p=nan", "--top-p is nan"),
+        ("--seed=-1", "--seed is -1"),
+        ("--max-new-tokens=-1", "--max-new-tokens is -1"),
+        ("--device=tpu", "--device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(run, words, message):
+    refused(call(generate, [str(run), words]), message)
+
+
+@pytest.mark.parametrize("words", ["--bogus", "--dtype=float8", "--top-k=x", "one two"])
+def test_an_unknown_option_or_a_value_of_another_type_ends_with_status_2(words):
+    result = call(generate, words.split())
+    assert result.status == 2
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_a_gpu_that_is_not_there_is_named(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(call(generate, [str(run), "--device=cuda"]), "--device is cuda, and PyTorch .* finds no GPU")
+
+
+def test_a_run_of_kernels_and_their_optimizer_generates_without_them(run, tmp_path, monkeypatch):
+    shutil.copytree(run / "step-00000060", tmp_path / "step-00000060")
+    config = tmp_path / "step-00000060" / "config.toml"
+    text = config.read_text().replace('optimizer = "adamw"', 'optimizer = "fused-adamw"')
+    assert "fused-adamw" in text
+    config.write_text(text)
+    path = tmp_path / "step-00000060" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["config.toml"] |= {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    path.write_text(json.dumps(manifest))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = call(generate, [str(tmp_path), "--which=step-00000060", "--max-new-tokens=3"])
+    assert result.status == 0, result.err
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    for folder, found in ((tmp_path, "holds no checkpoint"), (tmp_path / "missing", "is no folder")):
+        refused(call(generate, [str(folder)]), f"there is no checkpoint 'last' in {folder}, which {found}")
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path):
+    shutil.copytree(run / "step-00000060", tmp_path / "step-00000060")
+    path = tmp_path / "step-00000060" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(call(generate, [str(tmp_path)]), r"model\.safetensors is damaged: it has \d+ bytes and had \d+")
+
+
+def test_help_and_mistakes_in_the_options_import_nothing_heavy():
+    code = """
+import contextlib, io, sys, generate
+for words, wanted in ([["--help"], 0], [["--bogus"], 2], [["--temperature=-1"], 2], [["--dtype=float8"], 2]):
+    sys.argv = ["generate.py", *words]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            generate.main()
+        except SystemExit as exit:
+            assert exit.code == wanted, (words, exit.code)
+    assert not {"torch", "triton", "numpy", "sentencepiece"} & set(sys.modules), words
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

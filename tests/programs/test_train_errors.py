@@ -1,0 +1,186 @@
+"""train.py and bad input: one line that names the option or the file, exit status 2, and nothing lost."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support import run_testing
+from tests.support.run_testing import ROOT, Result
+from training.config import TrainConfig
+
+BEFORE_TORCH = [
+    ("--help", 0, ""),
+    ("--bogus", 2, "unknown option '--bogus'"),
+    ("--preset huge", 2, "--preset is 'huge'; allowed: reference"),
+    ("--dim x", 2, "--dim"),
+    ("--dim 100", 2, "--dim 100 is not divisible by --n-heads 8"),
+    ("--n-kv-heads 3", 2, "--n-heads 8 is not divisible by --n-kv-heads 3"),
+    ("--dim 120", 2, "odd head dim, 15"),
+    ("--vocab-size 255", 2, "--vocab-size is 255; it must be from 256"),
+    ("--kernels foo", 2, "unknown switch 'foo'; allowed: all, none"),
+    (
+        "--fused --device cpu",
+        2,
+        "Leave it off for plain PyTorch (--kernels none, --optimizer adamw), or set TRITON_INTERPRET=1",
+    ),
+    ("--config nowhere.toml", 2, "nowhere.toml could not be read: No such file"),
+    ("--init-from resume --out-dir nowhere", 2, "there is no checkpoint 'last' in nowhere, which is no folder"),
+    (f"--out-dir {__file__}/out", 2, "cannot be written: Not a directory"),
+]
+
+
+@pytest.fixture(scope="session")
+def before_torch(tmp_path_factory) -> list[dict]:
+    """How train.py ends for each of these command lines, in one process, and which heavy modules it imported for them."""
+    code = """
+import contextlib, io, json, sys
+import train
+for words in json.load(sys.stdin):
+    sys.argv, out, err = ["train.py", *words], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = train.main()
+        except SystemExit as exit:
+            status = exit.code
+    heavy = sorted({"torch", "triton", "numpy", "sentencepiece", "matplotlib"} & set(sys.modules))
+    print(json.dumps({"status": status, "out": out.getvalue(), "err": err.getvalue(), "heavy": heavy}))
+"""
+    environment = {name: value for name, value in run_testing.os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([words.split() for words, *_ in BEFORE_TORCH]),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("index", range(len(BEFORE_TORCH)), ids=[words for words, *_ in BEFORE_TORCH])
+def test_help_and_mistakes_in_the_options_are_answered_before_anything_heavy_is_imported(before_torch, index):
+    (_, status, message), found = BEFORE_TORCH[index], before_torch[index]
+    assert found["status"] == status
+    assert found["heavy"] == []
+    assert message in found["err"]
+    if status == 0:
+        assert "--max-iters" in found["out"]
+    elif "--dim x" not in BEFORE_TORCH[index]:  # tyro's own box
+        assert re.fullmatch(r"train\.py: error: [^\n]*\n", found["err"])
+
+
+def refused(result: Result, message: str) -> None:
+    assert result.status == 2
+    assert re.fullmatch(r"train\.py: error: [^\n]*\n", result.err), result.err
+    assert re.search(message, result.err)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"--data .*text\.txt: no such file or folder"),
+        (b"", r"--data .*text\.txt: empty"),
+        (b" \n\n ", r"--data .*text\.txt: empty"),
+        (b"one\0two\n\nthree", r"text\.txt is binary: it holds a NUL at byte 3"),
+        (b"one\n\n\xff\xfe\xfd", r"text\.txt is binary or of another encoding: 0xff"),
+        (b"one document", "it holds one document, and training and validation need two"),
+        (b"one two three\n\nfour five six", "--vocab-size is 300, allowed for this text: up to"),
+    ],
+)
+def test_bad_text_is_refused(run, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    refused(run(data=tmp_path / "text.txt", data_dir=tmp_path / "data"), message)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 1000}, r"the train split of text\.txt is too short: .* a step takes 1000 \(--batch-size"),
+        ({"batch_size": 100}, r"the val split of text\.txt is too short"),
+        ({"vocab_size": 10**5}, "--vocab-size is 100000, allowed for this text: up to"),
+        ({"tokenizer": "nowhere.model"}, r"--tokenizer nowhere\.model: No such file"),
+        ({"tokenizer": __file__}, r"--tokenizer .*test_train_errors\.py is not a sentencepiece model"),
+        ({"data_dir": f"{__file__}/data"}, r"--data .* can't be prepared in .*: .*Not a directory"),
+    ],
+)
+def test_data_that_does_not_fit_the_options_is_refused(run, options, message):
+    refused(run(**options), message)
+
+
+@pytest.mark.parametrize("size", [400, 299])
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(run, finished, size):
+    tokenizer = finished[0] / "step-00000012" / "tokenizer.model"
+    refused(run(tokenizer=tokenizer, vocab_size=size), rf"--vocab-size is {size}.*300")
+
+
+@pytest.fixture
+def shard(run, tmp_path, text):
+    """A shard of a prepared text of its own, which the test may damage, and the run that reads it."""
+    options = {"data_dir": tmp_path / "data"}
+    assert run(**options, max_iters=1, eval_iters=1).status == 0
+    return next((tmp_path / "data").glob("*/train-00000.bin")), lambda: run(**options)
+
+
+def test_a_truncated_shard_is_refused(shard):
+    path, run = shard
+    path.write_bytes(path.read_bytes()[:-2])
+    refused(run(), r"train-00000\.bin is truncated or damaged: .*delete .* and they are made anew")
+
+
+def test_a_shard_of_another_tokenizer_is_refused(shard):
+    path, run = shard
+    raw = bytearray(path.read_bytes())
+    raw[8 + 4 + 4 + 5 * 8] ^= 1  # the first byte of the tokenizer's hash
+    path.write_bytes(raw)
+    refused(run(), r"train-00000\.bin is of another tokenizer")
+
+
+def test_a_token_id_past_the_vocabulary_is_refused(shard):
+    path, run = shard
+    raw = bytearray(path.read_bytes())
+    raw[88:] = b"\x2c\x01" * ((len(raw) - 88) // 2)  # 300, the first one that is none
+    path.write_bytes(raw)
+    refused(run(), "token id 300, allowed: below the vocabulary size 300")
+
+
+def test_a_dtype_that_the_device_does_not_have_is_refused(run, monkeypatch):
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def without_float16(q, *rest, **options):
+        if q.dtype == torch.float16:
+            raise RuntimeError('"attention" not implemented for Half\nand a second line')
+        return attend(q, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", without_float16)
+    refused(
+        run(dtype="float16"),
+        "--dtype is float16, which cpu does not have .*not implemented.*try one of float32, bfloat16",
+    )
+    assert run(dtype="float32", max_iters=1).status == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_refused(run, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(run(device=device), f"--device is {device}, and PyTorch .* finds no GPU; allowed here: auto, cpu")
+
+
+def test_kernels_where_torch_finds_no_gpu_name_the_two_ways_on(monkeypatch):
+    """A driver without a GPU that torch can use: seen only after torch is imported."""
+    from training.device import resolve_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"no GPU was found\. Leave it off .*TRITON_INTERPRET=1"):
+        resolve_device(TrainConfig(fused=True))
+    monkeypatch.setenv("TRITON_INTERPRET", "yes")
+    assert resolve_device(TrainConfig(fused=True)) == torch.device("cpu")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert resolve_device(TrainConfig(fused=True, kernels="none")) == torch.device("cpu")

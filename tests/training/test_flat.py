@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+import kernels
+from model import Llama
+from model.config import LlamaConfig
+from tests.support.step_testing import TINY
+from training.step.flat import ALIGNMENT, FlatParameters
+
+
+def make(dtype=torch.float16, **options):
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(**TINY | options), kernels.select("none", 2), dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return model, before, FlatParameters(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_keep_their_values_and_live_in_the_buffer(dtype, tied):
+    model, before, flat = make(dtype, tie_embeddings=tied)
+    assert sorted(flat.starts) == sorted(before)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.is_leaf
+        assert parameter.is_contiguous()
+        assert flat.starts[name] % ALIGNMENT == 0
+        assert parameter.untyped_storage().data_ptr() == flat.values.untyped_storage().data_ptr()
+        assert parameter.grad.untyped_storage().data_ptr() == flat.gradients.untyped_storage().data_ptr()
+
+
+def test_what_decays_and_what_has_a_copy_comes_first():
+    model, _, flat = make(tie_embeddings=False)
+    copies = model.compute_copies()
+    ranks = [0 if name in copies else 1 if model.get_parameter(name).ndim == 2 else 2 for name in flat.starts]
+    assert ranks == sorted(ranks)
+    assert set(ranks) == {0, 1, 2}
+    vectors = [start for name, start in flat.starts.items() if model.get_parameter(name).ndim == 1]
+    assert flat.n_decayed == min(vectors)
+    assert len(flat.copies) == flat.starts["embedding"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_copies_are_the_first_values_rounded(tied):
+    model, _, flat = make(tie_embeddings=tied)
+    torch.nn.init.normal_(flat.values)
+    model.refresh_compute_weights()
+    assert len(model.compute_copies()) == 4 * 2 + 1
+    for name, copy in model.compute_copies().items():
+        assert torch.equal(copy, model.get_parameter(name).half())
+        assert torch.equal(flat.view(flat.values[: len(flat.copies)].half(), name), copy)
+
+
+def test_float32_has_no_copies():
+    _, _, flat = make(torch.float32)
+    assert flat.copies is None
+
+
+def test_a_backward_pass_adds_to_the_flat_gradients_and_leaves_the_gaps_zero():
+    model, _, flat = make(torch.float32, dim=36, n_heads=1, n_kv_heads=1, ffn_dim=20)
+    tokens = torch.randint(300, (2, 8))
+    loss = model(tokens, tokens)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for _ in range(2):
+        model(tokens, tokens).backward()
+    for (name, _), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(flat.view(flat.gradients, name), 2 * gradient)
+    filled = sum(p.numel() for p in model.parameters())
+    assert filled < len(flat.gradients)
+    in_place = torch.cat([flat.view(flat.gradients, name).flatten() for name in flat.starts])
+    assert flat.gradients.double().square().sum() == pytest.approx(in_place.double().square().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_add_to_the_gradients_what_autograd_would(dtype, compiled):
+    model, _, _ = make(dtype)
+    alone = Llama(model.config, model.ops, dtype)
+    alone.load_state_dict(model.state_dict())
+    alone.refresh_compute_weights()
+    tokens = torch.randint(300, (2, 8))
+    function = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for _ in range(2):
+        function(tokens, tokens).backward()
+        alone(tokens, tokens).backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_no_shape_needs_memory():
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**TINY), kernels.select("none", 2), torch.bfloat16)
+    flat = FlatParameters(model)
+    assert flat.values.device == flat.copies.device == torch.device("meta")

@@ -1,0 +1,122 @@
+"""What of a run is in its checkpoints: gathered here to save it, put back here to resume."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from model import LlamaConfig, huggingface
+from model.config import option
+from training.checkpoint import files as checkpoint
+from training.config import TrainConfig, from_toml, to_toml
+from training.data.shards import Dataset
+from training.errors import UserError
+from training.step import optimizer
+from training.step.trainer import Trainer
+
+SHAPE = {f.name for f in fields(LlamaConfig)} - {"dropout"}
+"""Options that must stay as they were in a resumed run: those of the parameters and what is computed with them."""
+OF_ONE_CALL = {"config", "out_dir", "init_from", "eval_only", "profile"}
+"""Options that say nothing of the run."""
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_val_loss: float = math.inf
+    """Nats a token."""
+    skipped: int = 0
+    """Updates skipped so far because the loss or the gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the latest without a good one between."""
+
+
+def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Progress, *, best: bool) -> Path:
+    """Write a checkpoint of everything that decides how the run goes on. Returns its folder."""
+    model = trainer.model
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    moments = optimizer.moments(model, trainer.optimizer)
+    rng, rng_tensors = checkpoint.rng_state()
+    return checkpoint.save(
+        config.out_dir,
+        progress.step,
+        tensors={
+            "model": huggingface.unpack(model.config, weights),
+            "optimizer": {
+                f"{moment}.{name}": tensor
+                for moment, named in moments.items()
+                for name, tensor in huggingface.unpack(model.config, named).items()
+            },
+            "rng": rng_tensors,
+        },
+        state={
+            "best_val_loss": progress.best_val_loss
+            if progress.best_val_loss < math.inf
+            else None,  # JSON has no infinity
+            "skipped": progress.skipped,
+            "skipped_in_a_row": progress.skipped_in_a_row,
+            "updates": optimizer.updates(model, trainer.optimizer),
+            "loss_scale": trainer.loss_scale.state_dict(),
+            "rng": rng,
+            "data_fingerprint": dataset.fingerprint,
+            "tokenizer_hash": dataset.tokenizer.hash,
+        },
+        config_toml=to_toml(config),
+        tokenizer=dataset.tokenizer.model_bytes,
+        best=best,
+        keep=config.keep_checkpoints,
+    )
+
+
+def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Progress, str]:
+    """Put back the last checkpoint in out_dir. Returns where the run is, and what there is to say of it.
+
+    UserError where there is none, it is damaged, of another model, tokenizer or text, or past the run's end.
+    """
+    saved = checkpoint.load(config.out_dir)
+    former = from_toml(saved.config_toml, str(saved.path / "config.toml"))
+    other_shape = _changed(config, former, SHAPE)
+    if other_shape:
+        raise UserError(f"--init-from resume: {saved.path} holds another model: {other_shape}")
+    for key, found, what in (
+        ("tokenizer_hash", dataset.tokenizer.hash, "tokenizer"),
+        ("data_fingerprint", dataset.fingerprint, "text"),
+    ):
+        if saved.state[key] != found:
+            raise UserError(
+                f"--init-from resume: {saved.path} was trained with another {what} than --data {config.data} gives now "
+                f"({key} {saved.state[key][:12]}, found {found[:12]})"
+            )
+    if saved.step > config.max_iters:
+        raise UserError(f"--max-iters is {config.max_iters}, and {saved.path} has {saved.step} steps behind it")
+    model = trainer.model
+    with torch.no_grad():
+        for name, tensor in huggingface.pack(model.config, saved.tensors("model")).items():
+            model.get_parameter(name).copy_(tensor)
+    model.refresh_compute_weights()
+    tensors = saved.tensors("optimizer")
+    moments = {}
+    for moment in optimizer.MOMENTS:
+        named = {name.removeprefix(f"{moment}."): t for name, t in tensors.items() if name.startswith(f"{moment}.")}
+        moments[moment] = huggingface.pack(model.config, named)
+    state = saved.state
+    optimizer.restore(model, trainer.optimizer, moments, state["updates"])
+    trainer.loss_scale.load_state_dict(state["loss_scale"])
+    checkpoint.set_rng_state(state["rng"], saved.tensors("rng"))
+    best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+    changed = _changed(config, former, {f.name for f in fields(TrainConfig)} - OF_ONE_CALL)
+    note = f"resuming {saved.path}" + (f" with other options: {changed}" if changed else "")
+    return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"]), note
+
+
+def _changed(config: TrainConfig, former: TrainConfig, names: set[str]) -> str:
+    """Those of the options that are not what they were, in words."""
+    return ", ".join(
+        f"{option(f.name)} is {getattr(config, f.name)}, was {getattr(former, f.name)}"
+        for f in fields(TrainConfig)
+        if f.name in names and getattr(config, f.name) != getattr(former, f.name)
+    )

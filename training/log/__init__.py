@@ -1,0 +1,1 @@
+"""What a run says: log lines, metrics, the curve, a profile."""

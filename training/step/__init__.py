@@ -1,0 +1,1 @@
+"""One optimizer step: flat buffers, the optimizer, the schedule, the captured graph."""

@@ -1,0 +1,126 @@
+"""One optimizer step: forward and backward of the micro-steps, clip, update. Nothing in it waits for the device.
+
+What a step reads is copied into tensors that stay where they are, and what it writes stays too: parameters, gradients, moments,
+copies, scale and result. So the step can be captured as a CUDA graph (`training/capture.py`) and replayed. It is, on one GPU with
+Triton kernels; plain PyTorch stays what its users run, and with many processes or on a CPU the same function runs as it is.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import Llama
+from training.config import TrainConfig
+from training.distributed import World
+from training.step.capture import Captured
+from training.step.flat import FlatParameters
+from training.step.optimizer import LossScale, make_optimizer
+
+MicroBatch = tuple[Tensor, Tensor, Tensor | None]
+"""(tokens, targets, first_key or None), each (B, T)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports, as 0-d tensors on the device: reading one waits for the step."""
+
+    loss: Tensor
+    """Mean loss in nats over the valid tokens of the whole global batch."""
+    grad_norm: Tensor
+    """Global norm of the gradient of that loss, before clipping."""
+    skipped: Tensor
+    """1 where the loss or the norm was not finite and nothing was updated."""
+
+
+class Trainer:
+    """The model with its optimizer and loss scale: everything that a step changes."""
+
+    def __init__(self, model: Llama, config: TrainConfig, world: World):
+        self.model = model
+        self.device = model.cos.device
+        self.flat = FlatParameters(model)
+        self.optimizer = make_optimizer(self.flat, config)
+        self.loss_scale = LossScale(model.compute_dtype == torch.float16, self.device)
+        self.grad_clip = config.grad_clip
+        self.world = world
+        self.captures = config.capture and config.uses_triton() and self.device.type == "cuda" and world.size == 1
+        self._stream = torch.cuda.Stream(self.device) if self.captures else None
+        # One graph for all layers: compiled layer by layer, each distinct selection of kernels would be a graph of its own.
+        self.loss_sum = (
+            torch.compile(self._loss_sum, fullgraph=True, dynamic=False) if config.compile else self._loss_sum
+        )
+        self._micro_batches: list[MicroBatch] = []
+        self._valid_tokens = torch.ones((), device=self.device)
+        self._result = torch.zeros(3, device=self.device)
+        self._run = self._step
+
+    def _loss_sum(self, tokens: Tensor, targets: Tensor, first_key: Tensor | None) -> Tensor:
+        return self.model(tokens, targets, first_key, reduction="sum")
+
+    def step(self, micro_batches: Iterable[MicroBatch], valid_tokens: int, lr: float) -> StepResult:
+        """Update the parameters from this process's micro-batches.
+
+        valid_tokens: targets that count in the global batch, over all processes and micro-steps, so that any cut of it gives
+        the same gradient. lr: learning rate of this update.
+        """
+        self._receive(list(micro_batches))
+        self._valid_tokens.fill_(max(1, valid_tokens))
+        self.optimizer.lr.fill_(lr)
+        self._run()
+        return StepResult(*self._result.clone())
+
+    def _receive(self, micro_batches: list[MicroBatch]) -> None:
+        """Copy the micro-batches to where the step reads them, without waiting where they come from pinned memory."""
+        kept = self._micro_batches
+        if _shapes(micro_batches) != _shapes(kept):
+            self._micro_batches = kept = [
+                tuple(x if x is None else torch.empty_like(x, device=self.device) for x in batch)
+                for batch in micro_batches
+            ]
+            self._run = Captured(self._step, self._stream) if self.captures else self._step
+        for batch, place in zip(micro_batches, kept, strict=True):
+            for x, y in zip(batch, place, strict=True):
+                if x is not None:
+                    y.copy_(x, non_blocking=True)
+
+    def _step(self) -> None:
+        """The step, from tensors that stay in their places to such tensors."""
+        gradients = self.flat.gradients.zero_()
+        loss = torch.zeros((), device=self.device)
+        loss_scale = self.loss_scale.scale
+        factor = loss_scale / self._valid_tokens
+        for micro_batch in self._micro_batches:
+            loss_sum = self.loss_sum(*micro_batch)
+            loss_sum.backward(factor)
+            loss += loss_sum.detach()
+        self.world.sum(loss)
+        self.world.sum(gradients)
+        loss /= self._valid_tokens
+
+        grad_norm = torch.linalg.vector_norm(gradients) / loss_scale
+        skip = (~(grad_norm.isfinite() & loss.isfinite())).float()
+        factor = 1 / loss_scale
+        if self.grad_clip:
+            factor *= (self.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
+        self.optimizer.update(factor, skip)
+        self.loss_scale.update(skip)
+        torch.stack([loss, grad_norm, skip], out=self._result)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
+        """Mean loss in nats over the valid tokens of the batches of all processes."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for tokens, targets, first_key in batches:
+            valid = int((targets != -100).sum())
+            total += torch.tensor([float(self.loss_sum(tokens, targets, first_key)), valid], dtype=torch.float64)
+        self.model.train()
+        total = total.to(self.device) if self.world.size > 1 else total
+        self.world.sum(total)
+        return float(total[0] / total[1].clamp(min=1))
+
+
+def _shapes(micro_batches: list[MicroBatch]) -> list[list[torch.Size | None]]:
+    return [[None if x is None else x.shape for x in batch] for batch in micro_batches]
