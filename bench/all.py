@@ -59,7 +59,7 @@ class Case:
 
 KERNEL_TESTS = {
     "rms_norm": ("kernels/test_rms_norm",),
-    "rope": ("kernels/test_rope", "kernels/test_rope_qkv"),
+    "rope": ("kernels/test_rope",),
     "swiglu": ("kernels/test_swiglu",),
     "attention": ("kernels/test_attention",),
     "linear_cross_entropy": ("kernels/test_linear_cross_entropy", "kernels/test_linear_cross_entropy_kernels"),

@@ -3,13 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from kernels import grammar
 from kernels.attention.op import attention_torch, attention_triton
 from kernels.linear_cross_entropy.op import linear_cross_entropy_torch, linear_cross_entropy_triton
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
-from kernels.rope import rope_qkv_triton, rope_torch, rope_triton, split_qkv
+from kernels.rope import rope_torch, rope_triton
 from kernels.swiglu import swiglu_torch, swiglu_triton
 
 
@@ -23,18 +21,6 @@ class Ops:
     swiglu: Callable
     attention: Callable
     linear_cross_entropy: Callable
-
-    def rope_qkv(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`rope` of the queries and keys in a packed qkv (B, T, (H + 2 Hkv) D); the values come as a view of it.
-
-        Triton's has a form of its own, which writes the packed gradient once.
-        """
-        if self.rope is rope_triton:
-            return rope_qkv_triton(qkv, cos, sin, n_heads, n_kv_heads)
-        q, k, v = split_qkv(qkv, n_heads, n_kv_heads)
-        return *self.rope(q, k, cos, sin), v
 
 
 # The fields of Ops that one switch turns.

@@ -35,7 +35,7 @@ def decode(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
     residual = F.embedding(tokens, model.embedding).to(model.compute_dtype)
     for i, layer in enumerate(model.layers):
         qkv = layer.wqkv(TORCH.rms_norm(residual, layer.attention_norm, eps))
-        q, k, v = TORCH.rope_qkv(qkv, cos, sin, layer.n_heads, layer.n_kv_heads)
+        q, k, v = TORCH.rope(qkv, cos, sin, layer.n_heads, layer.n_kv_heads)
         cache.keys[i, :, start:stop], cache.values[i, :, start:stop] = k, v
         q, k, v = (x.transpose(1, 2) for x in (q, cache.keys[i, :, :stop], cache.values[i, :, :stop]))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, enable_gqa=q.shape[1] != k.shape[1])

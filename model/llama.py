@@ -3,7 +3,7 @@
 The residual stream r is in the compute dtype. Each norm but the first takes in the branch before it, in one op:
 
     r = embedding(tokens)                        y = rms_norm(r)
-    layer:  a = attention(rope(split(wqkv y)))   y, r = add_rms_norm(wo a, r)
+    layer:  a = attention(rope(wqkv y))          y, r = add_rms_norm(wo a, r)
             f = swiglu(w_gate_up y)              y, r = add_rms_norm(w_down f, r)     (of the next layer, or the final norm)
     loss = linear_cross_entropy(y, head)
 """
@@ -38,7 +38,7 @@ class Layer(nn.Module):
 
     def attend(self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None) -> Tensor:
         """The attention branch, (B, T, dim) -> (B, T, dim)."""
-        q, k, v = ops.rope_qkv(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads)
+        q, k, v = ops.rope(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads)
         return self.wo(ops.attention(q, k, v, first_key).flatten(-2))
 
     def feed_forward(self, ops: Ops, y: Tensor) -> Tensor:

@@ -54,7 +54,6 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "rms_norm": _measured("rms_norm"),
     "add_rms_norm": _measured("add_rms_norm"),
     "rope": _measured("rope"),
-    "rope_qkv": _measured("rope_qkv"),
     "swiglu": _measured("swiglu"),
     "attention": _measured("attention"),
     "packed_attention": _measured("packed_attention", "attention"),

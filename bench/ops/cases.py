@@ -46,8 +46,6 @@ class Case:
     and both, for an op that may do the backward's work in the forward pass; or update."""
     keywords: dict = field(default_factory=dict)
     """More arguments of the op."""
-    liger_arguments: tuple = ()
-    """Where Liger's callers lay them out otherwise than ours do."""
 
     @property
     def wanted(self) -> list[Tensor]:
@@ -67,7 +65,6 @@ SIZES: dict[str, tuple[str, ...]] = {
     "rms_norm": _ROWS,
     "add_rms_norm": _ROWS,
     "rope": _ROWS,
-    "rope_qkv": _ROWS,
     "swiglu": _ROWS,
     "attention": (*HEADS, *PRESETS),
     "packed_attention": tuple(HEADS),
@@ -132,19 +129,7 @@ def _add_rms_norm(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> C
 
 def _rope(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
     heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
-    q, k, _ = _packed_heads(c, dtype, device)
-    cos, sin = (torch.rand(c.max_seq_len, width // 2, device=device) for _ in range(2))
-    n_bytes = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
-    # Liger turns in place what Hugging Face's two projections give it, which is dense; of slices it would make a copy.
-    dense = tuple(x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k))
-    shape = f"{c.batch_size * c.max_seq_len} x ({heads} + {kv_heads}) x {width}"
-    return Case(shape, (q, k, cos, sin), _moved(n_bytes, n_bytes), liger_arguments=(*dense, cos, sin))
-
-
-def _rope_qkv(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
-    heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
-    packed = (c.batch_size, c.max_seq_len, (heads + 2 * kv_heads) * width)
-    qkv = torch.randn(packed, dtype=dtype, device=device, requires_grad=True)
+    qkv = _leaf(c.batch_size, c.max_seq_len, (heads + 2 * kv_heads) * width, dtype=dtype, device=device)
     cos, sin = (torch.rand(c.max_seq_len, width // 2, device=device) for _ in range(2))
     turned, tables = qkv.nbytes * (heads + kv_heads) // (heads + 2 * kv_heads), cos.nbytes + sin.nbytes
     shape = f"{c.batch_size * c.max_seq_len} x ({heads} + 2 x {kv_heads}) x {width}"
@@ -234,7 +219,6 @@ CASES: dict[str, Callable[[TrainConfig, torch.dtype, torch.device], Case]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,
-    "rope_qkv": _rope_qkv,
     "swiglu": _swiglu,
     "attention": _attention,
     "packed_attention": _packed_attention,

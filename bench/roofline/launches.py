@@ -15,7 +15,7 @@ the order of their making. A Triton launch belongs to the op of its kernel's fil
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 INDEXED = {"embedding", "gather", "index_select", "scatter_", "index", "index_add_"}
 """Calls that read or write their first tensor only where an index points."""
 
-COUNTED_AS = {"add_rms_norm": "rms_norm", "rope_qkv": "rope"}
+COUNTED_AS = {"add_rms_norm": "rms_norm"}
 """Ops that `model.flops` counts under another name."""
 
 
@@ -142,11 +142,12 @@ class _Counter(TorchDispatchMode):
 
         return labelled
 
-    def label_ops(self, ops: Ops) -> "_Labelled":
+    def label_ops(self, ops: Ops) -> Ops:
         """The ops, each of whose calls belongs to the op that `model.flops` counts it by."""
         if ops.attention is attention_torch:
             ops = replace(ops, attention=_flash_attention)
-        return _Labelled(ops, self)
+        names = [field.name for field in fields(Ops)]
+        return Ops(**{name: self.label(COUNTED_AS.get(name, name), getattr(ops, name)) for name in names})
 
     @contextmanager
     def _in(self, op: str) -> Iterator[None]:
@@ -193,16 +194,6 @@ class _Counter(TorchDispatchMode):
 
     def _add(self, op: str, moved: int) -> None:
         self.tallies[op] = self.tallies.get(op, Tally()) + Tally(1, moved)
-
-
-class _Labelled:
-    """Ops whose calls a counter tells apart. Not an Ops of wrapped functions: its methods ask which functions it has."""
-
-    def __init__(self, ops: Ops, counter: _Counter):
-        self._ops, self._counter = ops, counter
-
-    def __getattr__(self, name: str) -> Callable:
-        return self._counter.label(COUNTED_AS.get(name, name), getattr(self._ops, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes

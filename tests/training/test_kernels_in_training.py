@@ -71,7 +71,7 @@ def test_training_with_every_kernel_and_their_optimizer_tracks_torch(dtype, step
     "wrong",
     [
         {"swiglu": lambda gate_up: kernels.TORCH.swiglu(gate_up) * 1.001},
-        {"rope": lambda q, k, cos, sin: kernels.TORCH.rope(q, k, cos, sin * 1.001)},
+        {"rope": lambda qkv, cos, sin, *heads: kernels.TORCH.rope(qkv, cos, sin * 1.001, *heads)},
         {"add_rms_norm": lambda x, r, weight, eps: kernels.TORCH.add_rms_norm(x, r, weight, 10 * eps)},
     ],
     ids=lambda wrong: next(iter(wrong)),
