@@ -3,12 +3,30 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from kernels import grammar
 from kernels.attention.op import attention_torch, attention_triton
+from kernels.attention.rope_attention import rope_attention_triton
 from kernels.linear_cross_entropy.op import linear_cross_entropy_torch, linear_cross_entropy_triton
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
 from kernels.rope import rope_torch, rope_triton
 from kernels.swiglu import swiglu_torch, swiglu_triton
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """`rope_attention` of two ops apart."""
+
+    rope: Callable
+    attention: Callable
+
+    def __call__(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, first_key: Tensor | None = None
+    ) -> Tensor:
+        """`rope`, then `attention`: o (B, T, H, D)."""
+        q, k, v = self.rope(qkv, cos, sin, n_heads, n_kv_heads)
+        return self.attention(q, k, v, first_key)
 
 
 @dataclass(frozen=True)
@@ -21,7 +39,18 @@ class Ops:
     swiglu: Callable
     attention: Callable
     linear_cross_entropy: Callable
+    rope_attention: Callable | None = None
+    """`rope`, then `attention`, of a packed qkv: what the model calls. Made of those two unless something else is given."""
 
+    def __post_init__(self) -> None:
+        made_of_others = isinstance(self.rope_attention, InTurn) or self.rope_attention in FUSED.values()
+        if self.rope_attention is None or made_of_others:
+            parts = (self.rope, self.attention)
+            object.__setattr__(self, "rope_attention", FUSED.get(parts) or InTurn(*parts))
+
+
+FUSED = {(rope_triton, attention_triton): rope_attention_triton}
+"""Pairs of rope and attention that are one kernel where both are on."""
 
 # The fields of Ops that one switch turns.
 FIELDS = {switch: (switch,) for switch in grammar.SWITCHES} | {"rms_norm": ("rms_norm", "add_rms_norm")}

@@ -69,24 +69,30 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _check(
-    qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, dtypes: tuple[torch.dtype, ...]
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    dtypes: tuple[torch.dtype, ...],
+    op: str = "rope",
 ) -> None:
-    check_tensor("rope", "qkv", qkv, ("B", "T", "(H + 2 Hkv) D"), dtypes)
+    check_tensor(op, "qkv", qkv, ("B", "T", "(H + 2 Hkv) D"), dtypes)
     for name, heads in (("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
         if heads < 1:
-            raise ValueError(f"rope: {name} is {heads}, wanted at least 1")
+            raise ValueError(f"{op}: {name} is {heads}, wanted at least 1")
     time, heads = qkv.shape[1], n_heads + 2 * n_kv_heads
     width = qkv.shape[2] // heads
     if width * heads != qkv.shape[2] or width == 0 or width % 2:
         raise ValueError(
-            f"rope: qkv has shape {tuple(qkv.shape)}, wanted (B, T, ({n_heads} + 2 · {n_kv_heads}) D) with D even and at "
+            f"{op}: qkv has shape {tuple(qkv.shape)}, wanted (B, T, ({n_heads} + 2 · {n_kv_heads}) D) with D even and at "
             "least 2"
         )
     for name, table in (("cos", cos), ("sin", sin)):
         table_dtypes = (torch.float32, torch.float64) if qkv.dtype == torch.float64 else (torch.float32,)
-        check_tensor("rope", name, table, (time, width // 2), table_dtypes, qkv.device)
+        check_tensor(op, name, table, (time, width // 2), table_dtypes, qkv.device)
         if table.requires_grad:
-            raise ValueError(f"rope: {name} requires a gradient, wanted a constant table")
+            raise ValueError(f"{op}: {name} requires a gradient, wanted a constant table")
 
 
 # --------------------------------------------------------------------------------------------------------------- kernel

@@ -38,8 +38,8 @@ class Layer(nn.Module):
 
     def attend(self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None) -> Tensor:
         """The attention branch, (B, T, dim) -> (B, T, dim)."""
-        q, k, v = ops.rope(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads)
-        return self.wo(ops.attention(q, k, v, first_key).flatten(-2))
+        o = ops.rope_attention(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads, first_key)
+        return self.wo(o.flatten(-2))
 
     def feed_forward(self, ops: Ops, y: Tensor) -> Tensor:
         """The SwiGLU branch, (B, T, dim) -> (B, T, dim)."""

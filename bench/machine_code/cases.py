@@ -34,6 +34,13 @@ def _measured(case: str, op: str | None = None) -> Callable[[TrainConfig], Any]:
     return run
 
 
+def _rope_attention(c: TrainConfig) -> Any:
+    shape = c.shape()
+    qkv = _tensor(c.batch_size, c.max_seq_len, (c.n_heads + 2 * c.n_kv_heads) * shape.head_dim)
+    table = torch.empty(c.max_seq_len, shape.head_dim // 2, device=META)
+    return kernels.TRITON.rope_attention(qkv, table, table, c.n_heads, c.n_kv_heads)
+
+
 def _linear_cross_entropy(c: TrainConfig) -> Any:
     rows = c.batch_size * c.max_seq_len
     hidden, weight = _tensor(rows, c.dim), _tensor(c.vocab_size, c.dim, dtype=torch.float32)
@@ -57,6 +64,7 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "swiglu": _measured("swiglu"),
     "attention": _measured("attention"),
     "packed_attention": _measured("packed_attention", "attention"),
+    "rope_attention": _rope_attention,
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _update,
 }

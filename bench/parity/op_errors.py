@@ -7,7 +7,7 @@ happened earlier in the model is in it, and nothing later hides it.
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ def _recording(place: int, n_layers: int, calls: list[Call]) -> Ops:
             y.register_hook(partial(call.upstream.__setitem__, i))
         return several if isinstance(outputs, tuple) else several[0]
 
-    return Ops(**{field.name: partial(recorded, field.name) for field in fields(Ops)})
+    return Ops(**{name: partial(recorded, name) for names in FIELDS.values() for name in names})
 
 
 def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:

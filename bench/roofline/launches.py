@@ -15,7 +15,7 @@ the order of their making. A Triton launch belongs to the op of its kernel's fil
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ import kernels
 from kernels import Ops, grammar
 from kernels.attention.op import attention_torch
 from kernels.launch import NAMESPACE, TARGETS, Launched, recorded
+from kernels.ops import FIELDS, InTurn
 from model import Llama
 from model.linear import Linear
 from training.config import TrainConfig
@@ -45,7 +46,7 @@ OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 INDEXED = {"embedding", "gather", "index_select", "scatter_", "index", "index_add_"}
 """Calls that read or write their first tensor only where an index points."""
 
-COUNTED_AS = {"add_rms_norm": "rms_norm"}
+COUNTED_AS = {"add_rms_norm": "rms_norm", "rope_attention": "attention"}
 """Ops that `model.flops` counts under another name."""
 
 
@@ -146,7 +147,9 @@ class _Counter(TorchDispatchMode):
         """The ops, each of whose calls belongs to the op that `model.flops` counts it by."""
         if ops.attention is attention_torch:
             ops = replace(ops, attention=_flash_attention)
-        names = [field.name for field in fields(Ops)]
+        names = [name for names in FIELDS.values() for name in names]
+        if not isinstance(ops.rope_attention, InTurn):
+            names.append("rope_attention")
         return Ops(**{name: self.label(COUNTED_AS.get(name, name), getattr(ops, name)) for name in names})
 
     @contextmanager
