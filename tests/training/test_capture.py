@@ -6,7 +6,8 @@ import torch
 import training.step.trainer
 from kernels import select
 from model import Llama
-from tests.support.step_testing import TINY, make_trainer, micro_batches, train
+from tests.support import kernel_testing as kt
+from tests.support.step_testing import TINY, make_trainer, micro_batches, to_device, train
 from training.config import TrainConfig
 from training.device import set_determinism
 from training.distributed import World
@@ -34,11 +35,11 @@ def places(trainer):
 @pytest.mark.parametrize("name", ["adamw", "fused-adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nothing_moves_between_steps_not_for_an_evaluation_or_a_checkpoint_either(name, dtype):
-    trainer = make_trainer(dtype, optimizer=name)
+    trainer = make_trainer(dtype, optimizer=name, device=kt.DEVICE)
     train(trainer, 1)
     before = places(trainer)
     train(trainer, 2)
-    trainer.evaluate(micro_batches(0))
+    trainer.evaluate(to_device(micro_batches(0)))
     model = trainer.model
     saved = optimizer.moments(model, trainer.optimizer)
     saved = {moment: {key: x.clone() for key, x in named.items()} for moment, named in saved.items()}
@@ -123,13 +124,11 @@ def test_a_captured_step_computes_the_same_bits(dtype, compile, determinism_put_
         torch.manual_seed(0)
         options = TINY | {"fused": True, "optimizer": "fused-adamw", "compile": compile, "capture": capture}
         config = TrainConfig(**options)
-        with torch.device("cuda"):
-            model = Llama(config.shape(), select("all", config.n_layers), dtype)
-        trainer = Trainer(model, config, World())
+        trainer = Trainer(Llama(config.shape(), select("all", config.n_layers), dtype).cuda(), config, World())
         assert trainer.captures is capture
         losses = train(trainer, 6)
-        trainer.evaluate([(t.cuda(), y.cuda(), f) for t, y, f in micro_batches(9)])
-        return losses + train(trainer, 2), [p.detach().clone() for p in model.parameters()]
+        trainer.evaluate(to_device(micro_batches(9)))
+        return losses + train(trainer, 2), [p.detach().clone() for p in trainer.model.parameters()]
 
     captured, uncaptured = run(True), run(False)
     assert captured[0] == uncaptured[0]
