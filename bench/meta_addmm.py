@@ -1,4 +1,4 @@
-"""The meta kernel of `addmm(..., out_dtype=, out=)`, which torch 2.11 lacks: importing this file adds it, for runs on the meta device.
+"""The meta kernel of `addmm(..., out_dtype=, out=)`, which torch 2.11 lacks: importing this adds it, for runs on the meta device.
 
 torch 2.11 sends the call to a decomposition that takes the dtype for `beta` and raises TypeError. On a GPU the call is right.
 """
