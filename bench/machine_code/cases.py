@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run the loss head's products on the meta device without it
 import kernels
 from bench.ops import cases as op_cases
 from kernels.launch import Launched, Target, recorded

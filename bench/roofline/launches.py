@@ -26,6 +26,7 @@ from torch.autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run half-precision products on the meta device without it
 import kernels
 from kernels import Ops, grammar
 from kernels.attention.op import attention_torch

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("determinism_put_back")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A model small enough for a test stands in for every preset, and nothing is compiled."""
+    """A model small enough for a test stands in for every preset, on the CPU, and nothing is compiled."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(step, "defaults", lambda preset: TINY)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
