@@ -38,7 +38,8 @@ def _linear_cross_entropy(c: TrainConfig) -> Any:
     rows = c.batch_size * c.max_seq_len
     hidden, weight = _tensor(rows, c.dim), _tensor(c.vocab_size, c.dim, dtype=torch.float32)
     targets = _tensor(rows, dtype=torch.int64)
-    return kernels.TRITON.linear_cross_entropy(hidden, weight, targets, compute_weight=weight.bfloat16())
+    known = {"gradient_sum": torch.empty_like(weight), "scale": torch.empty((), device=META)}
+    return kernels.TRITON.linear_cross_entropy(hidden, weight, targets, compute_weight=weight.bfloat16(), **known)
 
 
 def _update(c: TrainConfig) -> tuple:
@@ -58,6 +59,7 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "swiglu": _measured("swiglu"),
     "attention": _measured("attention"),
     "packed_attention": _measured("packed_attention", "attention"),
+    "embedding": _measured("embedding"),
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _update,
 }

@@ -22,7 +22,13 @@ from model import Llama
 # float32: that of a sum in another order. Twice these are the bounds that the tests hold the kernels to.
 FLOOR = {torch.float32: 5e-7, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
 
-_OUTPUTS = {"add_rms_norm": ("y", "summed"), "rope": ("q", "k"), "attention": ("o",), "linear_cross_entropy": ("loss",)}
+_OUTPUTS = {
+    "add_rms_norm": ("y", "summed"),
+    "rope": ("q", "k"),
+    "attention": ("o",),
+    "linear_cross_entropy": ("loss",),
+    "embedding": ("x",),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ def _recording(place: int, n_layers: int, calls: list[Call]) -> Ops:
 
 
 def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
-    """A tensor as one that starts a graph, with floating-point numbers cast to `dtype`; anything else as it is."""
+    """A tensor as one that starts a graph, floating-point numbers cast to `dtype`; a dtype as `dtype`; all else as it is."""
+    if isinstance(x, torch.dtype):
+        return dtype or x
     if not isinstance(x, Tensor):
         return x
     cast = x.to(dtype) if dtype and x.is_floating_point() else x
