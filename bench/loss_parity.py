@@ -158,7 +158,7 @@ def _train(
 def nudge(model: Llama, seed: int) -> None:
     """Change each parameter, relative to itself and at random, by up to half a unit in the last place of the compute dtype."""
     half_ulp = torch.finfo(model.compute_dtype).eps / 2
-    generator = torch.Generator(device=model.embedding.device).manual_seed(seed)
+    generator = torch.Generator(device=model.cos.device).manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.empty_like(parameter).uniform_(-half_ulp, half_ulp, generator=generator)
         parameter.mul_(1 + noise)

@@ -4,13 +4,13 @@
     item   := ("all" | "none" | SWITCH | "-" SWITCH) [ "@" place ]
     place  := LAYER | LAYER "-" LAYER | "out"
 
-A switch is a kernel file. Layer i holds its four ops and the norm that opens it; `out` holds the final norm and the loss
-head. An item without a place covers every place where its op occurs.
+A switch is a kernel file. Layer i holds its four ops and the norm that opens it; `out` holds the embedding, the final
+norm and the loss head. An item without a place covers every place where its op occurs.
 """
 
 LAYER_SWITCHES = ("rms_norm", "rope", "swiglu", "attention")
-OUT_SWITCHES = ("rms_norm", "linear_cross_entropy")
-SWITCHES = (*LAYER_SWITCHES, "linear_cross_entropy")
+OUT_SWITCHES = ("embedding", "rms_norm", "linear_cross_entropy")
+SWITCHES = (*LAYER_SWITCHES, "embedding", "linear_cross_entropy")
 
 
 def attention_serves(head_dim: int) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels import grammar
 from kernels.attention.op import attention_torch, attention_triton
 from kernels.attention.rope_attention import rope_attention_triton
+from kernels.embedding import embedding_torch, embedding_triton
 from kernels.linear_cross_entropy.op import linear_cross_entropy_torch, linear_cross_entropy_triton
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
 from kernels.rope import rope_torch, rope_triton
@@ -38,6 +39,7 @@ class Ops:
     rope: Callable
     swiglu: Callable
     attention: Callable
+    embedding: Callable
     linear_cross_entropy: Callable
     rope_attention: Callable | None = None
     """`rope`, then `attention`, of a packed qkv: what the model calls. Made of those two unless something else is given."""
@@ -62,6 +64,7 @@ TORCH = Ops(
     rope=rope_torch,
     swiglu=swiglu_torch,
     attention=attention_torch,
+    embedding=embedding_torch,
     linear_cross_entropy=linear_cross_entropy_torch,
 )
 
@@ -71,12 +74,13 @@ TRITON = Ops(
     rope=rope_triton,
     swiglu=swiglu_triton,
     attention=attention_triton,
+    embedding=embedding_triton,
     linear_cross_entropy=linear_cross_entropy_triton,
 )
 
 
 def select(spec: str, n_layers: int) -> list[Ops]:
-    """Ops of each layer, then those of the final norm and the loss head: `n_layers + 1` of them.
+    """Ops of each layer, then those of the embedding, the final norm and the loss head: `n_layers + 1` of them.
 
     spec: the grammar of `kernels.grammar`, e.g. `all,-rope@0-1`. What it does not turn to Triton stays torch.
     Places with equal selections share one Ops, so that compiled layers can share their code.

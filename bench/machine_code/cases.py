@@ -46,7 +46,8 @@ def _linear_cross_entropy(c: TrainConfig) -> Any:
     rows = c.batch_size * c.max_seq_len
     hidden, weight = _tensor(rows, c.dim), _tensor(c.vocab_size, c.dim, dtype=torch.float32)
     targets = _tensor(rows, dtype=torch.int64)
-    return kernels.TRITON.linear_cross_entropy(hidden, weight, targets, compute_weight=weight.bfloat16())
+    known = {"gradient_sum": torch.empty_like(weight), "scale": torch.empty((), device=META)}
+    return kernels.TRITON.linear_cross_entropy(hidden, weight, targets, compute_weight=weight.bfloat16(), **known)
 
 
 def _update(c: TrainConfig) -> tuple:
@@ -66,6 +67,7 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "attention": _measured("attention"),
     "packed_attention": _measured("packed_attention", "attention"),
     "rope_attention": _rope_attention,
+    "embedding": _measured("embedding"),
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _update,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import ceil_div
-from kernels.linear_cross_entropy.chunked import chunk_rows
+from kernels.linear_cross_entropy.chunked import IN_REGISTERS, chunk_rows
 from model.config import PRESETS
 from model.flops import matmul_parameters, parameters
 from training.config import TrainConfig, defaults
@@ -68,6 +68,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "swiglu": _ROWS,
     "attention": (*HEADS, *PRESETS),
     "packed_attention": tuple(HEADS),
+    "embedding": _ROWS,
     "linear_cross_entropy": ("8192x2048", "reference", "124m", "350m", "llama3.2-1b", "llama3.2-3b", "llama3.1-8b"),
     "adamw": ("reference", "124m", "llama3.2-1b"),
 }
@@ -185,6 +186,18 @@ def documents(batch: int, length: int, count: int = 8) -> Tensor:
     return first_key.cummax(dim=1).values
 
 
+def _embedding(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
+    # Tokens of frequency 1 / rank, about as text has them: what sums the gradient must not wait for the frequent ones.
+    shape, vocab = (c.batch_size, c.max_seq_len), c.vocab_size
+    tokens = (vocab ** torch.rand(shape, device=device)).long() - 1
+    weight = _leaf(vocab, c.dim, dtype=torch.float32, device=device)
+    copy = None if dtype == torch.float32 else weight.detach().to(dtype)
+    x = tokens.numel() * c.dim * dtype.itemsize
+    touched = 2 * FLOAT32 * min(tokens.numel(), vocab) * c.dim
+    costs = _moved(tokens.nbytes + 2 * x, tokens.nbytes + x + touched)
+    return Case(f"{tokens.numel()} x {vocab} x {c.dim}", (tokens, weight, dtype, copy), costs)
+
+
 def _linear_cross_entropy(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
     # The weight is in hidden's dtype, not float32 as in the model: peers take it, and give its gradient, in no other way.
     rows, vocab, e = c.batch_size * c.max_seq_len, c.vocab_size, dtype.itemsize
@@ -192,10 +205,11 @@ def _linear_cross_entropy(c: TrainConfig, dtype: torch.dtype, device: torch.devi
     weight = (torch.randn(vocab, c.dim, dtype=dtype, device=device) * c.dim**-0.5).requires_grad_()
     targets = torch.randint(vocab, (rows,), device=device)
     chunks, logits = ceil_div(rows, chunk_rows(rows, vocab, e)), rows * vocab * e
-    evaluation = hidden.nbytes + chunks * weight.nbytes + 3 * logits
+    reads = 1 if vocab <= IN_REGISTERS else 2
+    evaluation = hidden.nbytes + chunks * weight.nbytes + (1 + reads) * logits
     gradients = FLOAT32 * hidden.numel() + (8 * chunks - 4) * weight.numel()
     scaling = (FLOAT32 + e) * (hidden.numel() + weight.numel())
-    both = 2 * (hidden.nbytes + chunks * weight.nbytes + 3 * logits) + gradients + scaling
+    both = 2 * (hidden.nbytes + chunks * weight.nbytes) + (4 + reads) * logits + gradients + scaling
     product = 2 * rows * c.dim * vocab
     costs = {"evaluation": Cost(evaluation, product), "both": Cost(both, 3 * product)}
     return Case(f"{rows} x {c.dim} x {vocab}", (hidden, weight, targets), costs)
@@ -222,6 +236,7 @@ CASES: dict[str, Callable[[TrainConfig, torch.dtype, torch.device], Case]] = {
     "swiglu": _swiglu,
     "attention": _attention,
     "packed_attention": _packed_attention,
+    "embedding": _embedding,
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _adamw,
 }

@@ -210,6 +210,7 @@ PEERS["packed_attention"] = {
     "varlen": Peer(varlen, needs_gpu=True),
     **_kernel(kernels.TRITON.attention),
 }
+PEERS["embedding"] = _twins(kernels.TORCH.embedding) | _kernel(kernels.TRITON.embedding)
 PEERS["linear_cross_entropy"] = {
     **_twins(unchunked),
     "twin": Peer(_always(kernels.TORCH.linear_cross_entropy)),

@@ -27,6 +27,7 @@ _OUTPUTS = {
     "rope": ("q", "k", "v"),
     "attention": ("o",),
     "linear_cross_entropy": ("loss",),
+    "embedding": ("x",),
 }
 
 
@@ -84,7 +85,9 @@ def _recording(place: int, n_layers: int, calls: list[Call]) -> Ops:
 
 
 def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
-    """A tensor as one that starts a graph, with floating-point numbers cast to `dtype`; anything else as it is."""
+    """A tensor as one that starts a graph, floating-point numbers cast to `dtype`; a dtype as `dtype`; all else as it is."""
+    if isinstance(x, torch.dtype):
+        return dtype or x
     if not isinstance(x, Tensor):
         return x
     cast = x.to(dtype) if dtype and x.is_floating_point() else x

@@ -50,6 +50,8 @@ def ops() -> dict[str, Callable]:
         ignore_index: int = -100,
         reduction: str = "mean",
         compute_weight: Tensor | None = None,
+        gradient_sum: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         weight = weight.to(hidden.dtype)  # it multiplies one dtype; the gradient goes back through the cast
         # bias and class weights: none; z-loss and label smoothing: 0

@@ -72,6 +72,8 @@ def all_logits(
     ignore_index: int = -100,
     reduction: str = "mean",
     compute_weight: Tensor | None = None,
+    gradient_sum: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The loss head without chunks, its softmax in float32 as under autocast."""
     logits = linear(hidden, weight, compute_weight).float()
