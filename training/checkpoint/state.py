@@ -1,7 +1,7 @@
 """What of a run is in its checkpoints: gathered here to save it, put back here to resume."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from training.checkpoint import files as checkpoint
 from training.config import TrainConfig, from_toml, to_toml
 from training.data.shards import Dataset
 from training.errors import UserError
+from training.progress import Progress
 from training.step import optimizer
 from training.step.trainer import Trainer
 
@@ -19,20 +20,6 @@ SHAPE = {f.name for f in fields(LlamaConfig)} - {"dropout"}
 """Options that must stay as they were in a resumed run: those of the parameters and what is computed with them."""
 OF_ONE_CALL = {"config", "out_dir", "init_from", "eval_only", "profile"}
 """Options that say nothing of the run."""
-
-
-@dataclass
-class Progress:
-    """Where a run is."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    best_val_loss: float = math.inf
-    """Nats a token."""
-    skipped: int = 0
-    """Updates skipped so far because the loss or the gradient was not finite."""
-    skipped_in_a_row: int = 0
-    """Of these, the latest without a good one between."""
 
 
 def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Progress, *, best: bool) -> Path:
@@ -110,7 +97,7 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
     best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
     changed = _changed(config, former, {f.name for f in fields(TrainConfig)} - OF_ONE_CALL)
     note = f"resuming {saved.path}" + (f" with other options: {changed}" if changed else "")
-    return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"]), note
+    return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"], saved.step), note
 
 
 def _changed(config: TrainConfig, former: TrainConfig, names: set[str]) -> str:

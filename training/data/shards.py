@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training.config import TrainConfig
 from training.data.corpus import Corpus, Part, Split, open_corpus
 from training.data.tokenizer import Tokenizer, train_tokenizer
 from training.errors import UserError
@@ -123,6 +124,20 @@ class Dataset:
     val: TokenShards
     tokenizer: Tokenizer
     fingerprint: str
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, *, show_progress: bool) -> Dataset:
+        """The one that the options of a run name, prepared where it is not yet. UserError as `prepare`."""
+        return prepare(
+            config.data,
+            vocab_size=config.vocab_size,
+            data_dir=config.data_dir,
+            tokenizer_file=config.tokenizer or None,
+            split_text=config.split_text,
+            text_field=config.text_field or None,
+            val_fraction=config.val_fraction,
+            progress=show_progress,
+        )
 
 
 def prepare(

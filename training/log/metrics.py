@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 
+from training.config import TrainConfig
 from training.errors import UserError
 from training.log.console import Console
 
@@ -73,6 +74,20 @@ class Metrics:
                 project=wandb_project, name=run_name or None, config=config, dir=str(self._out_dir)
             )
         self._console = Console(total_steps, start_step)
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, start_step: int) -> "Metrics":
+        """Those that the options of a run ask for."""
+        return cls(
+            config.out_dir,
+            total_steps=config.max_iters,
+            start_step=start_step,
+            log_interval=config.log_interval,
+            run_name=config.wandb_run_name,
+            config=asdict(config),
+            tensorboard=config.tensorboard,
+            wandb_project=config.wandb_project if config.wandb_log else "",
+        )
 
     def step(self, record: StepRecord) -> None:
         """Report a training step."""
