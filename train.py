@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from training import run_folder
-from training.config import TrainConfig, parse, to_toml
+from training.command_line import parse, to_toml
+from training.config import TrainConfig
 from training.stopping import StopSignal, exit_statuses
 
 
@@ -33,6 +34,7 @@ def train(config: TrainConfig) -> None:
         name_of,
         resolve_device,
         resolve_dtype,
+        resolve_kernels,
         seed_run,
         seed_step,
         set_determinism,
@@ -46,11 +48,14 @@ def train(config: TrainConfig) -> None:
     from training.step.schedule import learning_rate
     from training.step.trainer import Trainer
 
-    # ---- where it runs: processes, device, dtype
+    # ---- where it runs: processes, device, dtype, and the kernels that can run there
     set_determinism(config.deterministic)
     world = distributed.join(config)
     device = resolve_device(config, world.local_rank)
     dtype = resolve_dtype(config, device)
+    running, kernels_note = resolve_kernels(config, device)
+    if kernels_note and world.is_main:
+        print(f"train.py: {kernels_note}", file=sys.stderr)
 
     # ---- the data: text to tokens, once; then the batch of a step is a function of (seed, step)
     with world.main_first():
@@ -66,8 +71,8 @@ def train(config: TrainConfig) -> None:
     # ---- the model, from scratch or from the last checkpoint
     seed_run(config.seed)
     with device:
-        model = Llama(config.shape(), kernels.select(config.kernel_spec, config.n_layers), dtype)
-    trainer = Trainer(model, config, world)
+        model = Llama(config.shape(), kernels.select(running.kernel_spec, config.n_layers), dtype)
+    trainer = Trainer(model, running, world)
     evaluation = Evaluation(config, trainer, dataset, world)
     resumed = config.init_from == "resume"
     progress, resume_note = state.resume(config, trainer, dataset) if resumed else (Progress(), "")
@@ -79,11 +84,13 @@ def train(config: TrainConfig) -> None:
         # An evaluation of a saved run adds to its metrics and leaves the rest of its folder as it is.
         if not (resumed and config.eval_only):
             notes.append(run_folder.open_run(config.out_dir, to_toml(config), resume=resumed))
+        if running.fused and config.capture and world.size > 1:
+            notes.append(f"--fused: with {world.size} processes a step is not captured as a CUDA graph")
         metrics = Metrics.of_run(config, progress.step)
         graph = ", one CUDA graph a step" if trainer.captures else ""
         metrics.note(
             f"{config.preset}: {flops.parameters(config):,} parameters on {name_of(device)}, {str(dtype).removeprefix('torch.')}, "
-            f"kernels {config.kernel_spec}{graph}; {dataset.train.n_tokens:,} tokens to train on, "
+            f"kernels {running.kernel_spec}{graph}; {dataset.train.n_tokens:,} tokens to train on, "
             f"{batches.tokens_per_step:,} a step, {batches.steps_per_epoch:.1f} steps an epoch"
         )
         if packed:

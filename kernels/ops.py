@@ -37,8 +37,9 @@ class Ops:
         return *self.rope(q, k, cos, sin), v
 
 
-# The fields of Ops that one switch turns.
-FIELDS = {switch: (switch,) for switch in grammar.SWITCHES} | {"rms_norm": ("rms_norm", "add_rms_norm")}
+# The fields of Ops that one switch turns. Those of the whole run (AdamW's) turn none.
+FIELDS = {switch: (switch,) for switch in (*grammar.LAYER_SWITCHES, *grammar.OUT_SWITCHES)}
+FIELDS |= {"rms_norm": ("rms_norm", "add_rms_norm")}
 
 
 TORCH = Ops(

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
-from training.config import fail
-from training.errors import UserError
+from training.errors import UserError, fail
 from training.log.console import silence_stdout
 
 

@@ -9,7 +9,8 @@ import torch
 from model import LlamaConfig, huggingface
 from model.config import option
 from training.checkpoint import files as checkpoint
-from training.config import TrainConfig, from_toml, to_toml
+from training.command_line import from_toml, to_toml
+from training.config import TrainConfig
 from training.data.shards import Dataset
 from training.errors import UserError
 from training.progress import Progress

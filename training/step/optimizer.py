@@ -124,8 +124,8 @@ class FusedAdamW(AdamW):
 
 
 def make_optimizer(flat: FlatParameters, config: TrainConfig) -> AdamW:
-    """The optimizer that `config.optimizer` names."""
-    return {"adamw": AdamW, "fused-adamw": FusedAdamW}[config.optimizer](flat, config)
+    """AdamW by its kernel where the switch `adamw` is on, else by torch."""
+    return FusedAdamW(flat, config) if "adamw" in config.switches() else AdamW(flat, config)
 
 
 def moments(model: Llama, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
