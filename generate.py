@@ -31,7 +31,7 @@ class GenerateConfig:
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
     seed: int = 1337
-    """Of the draw."""
+    """Seed of the random draws."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -17,7 +17,7 @@ from model.config import PRESETS as SHAPES
 from model.config import LlamaConfig, option
 from training.errors import UserError
 
-# What a preset says of the run, beside the shape it names in model/config.py.
+# What a preset sets beside the shape of the model, which is in model/config.py.
 RUNS: dict[str, dict] = {
     "smoke": {
         "batch_size": 32,
@@ -39,7 +39,7 @@ RUNS: dict[str, dict] = {
 }
 
 
-# What number options must be at least.
+# The least that a number option may be.
 AT_LEAST = {
     1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints max_skipped_steps",
     0: "warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
@@ -107,7 +107,7 @@ class TrainConfig(LlamaConfig):
     warmup_iters: int = 1000
     """Steps of linear warm-up."""
     decay_lr: bool = True
-    """Whether the learning rate follows the schedule; else it is learning_rate throughout."""
+    """Let the learning rate follow the schedule; without it, it is learning_rate throughout."""
     packed_documents: bool = False
     """Mask attention across document boundaries: a token sees its own document only."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -125,7 +125,7 @@ class TrainConfig(LlamaConfig):
     max_skipped_steps: int = 20
     """Updates in a row that may be skipped for a loss or gradient that is not finite before the run stops."""
     seed: int = 1337
-    """Of the initial weights, the order of the data and dropout."""
+    """Seed of the initial weights, the order of the data and dropout."""
 
     # How it is computed
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""What of a run is in its checkpoints: gathered here to save it, put back here to resume."""
+"""What a checkpoint holds of a run: gathered here when it is saved, put back here when the run is resumed."""
 
 import math
 from dataclasses import fields
@@ -18,9 +18,9 @@ from training.step import optimizer
 from training.step.trainer import Trainer
 
 SHAPE = {f.name for f in fields(LlamaConfig)} - {"dropout"}
-"""Options that must stay as they were in a resumed run: those of the parameters and what is computed with them."""
+"""Options that a resumed run may not change: they fix the parameters and what is computed with them."""
 OF_ONE_CALL = {"config", "out_dir", "init_from", "eval_only", "profile"}
-"""Options that say nothing of the run."""
+"""Options that are about one call of train.py: another value of theirs is no change of the run, and is not reported."""
 
 
 def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Progress, *, best: bool) -> Path:
@@ -29,6 +29,7 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = optimizer.moments(model, trainer.optimizer)
     rng, rng_tensors = checkpoint.rng_state()
+    best_val_loss = progress.best_val_loss if progress.best_val_loss < math.inf else None  # JSON has no infinity
     return checkpoint.save(
         config.out_dir,
         progress.step,
@@ -42,9 +43,7 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
             "rng": rng_tensors,
         },
         state={
-            "best_val_loss": progress.best_val_loss
-            if progress.best_val_loss < math.inf
-            else None,  # JSON has no infinity
+            "best_val_loss": best_val_loss,
             "skipped": progress.skipped,
             "skipped_in_a_row": progress.skipped_in_a_row,
             "updates": optimizer.updates(model, trainer.optimizer),

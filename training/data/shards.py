@@ -37,16 +37,15 @@ from training.data.corpus import Corpus, Part, Split, open_corpus
 from training.data.tokenizer import Tokenizer, train_tokenizer
 from training.errors import UserError
 
-FORMAT_VERSION = (
-    1  # of the shards and of what decides their content: raise it with a change to the tokenizer's training
-)
+FORMAT_VERSION = 1
+"""Of the shards. Raise it with the format, and with whatever changes their content, such as the tokenizer's training."""
 SHARD_TOKENS = 100_000_000
 
 _MAGIC = b"TOKSHARD"
 # magic, version, bytes a token, vocabulary size, BOS id, tokens, documents, bytes of text, SHA-256 of the tokenizer
 _HEADER = struct.Struct("<8sIIQQQQQ32s")
 _POOL_BYTES = 4 << 20  # with less text, starting processes takes longer than encoding
-_TOKENIZER_PARTS = 64  # of a longer source, the tokenizer is trained on 64 of its parts
+_TOKENIZER_PARTS = 64  # the tokenizer is trained on so many parts of a source, or on all where there are fewer
 
 
 class TokenShards:
@@ -330,7 +329,7 @@ def _encode(parts: tuple[Part, ...], tokenizer: Tokenizer, workers: int) -> Iter
 
 @contextmanager
 def _without_ctrl_c():
-    """Holds Ctrl-C back; a process that is started meanwhile never gets it. It reaches us, and we stop our workers."""
+    """Blocks Ctrl-C. Processes started meanwhile inherit the block and never get it; we do, afterwards, and stop them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -344,7 +343,7 @@ def _without_ctrl_c():
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `_without_ctrl_c` could not
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems where `_without_ctrl_c` does nothing
 
 
 def _encode_in_worker(part: Part) -> dict[Split, _Encoded]:

@@ -56,7 +56,8 @@ class Metrics:
         self._last_step = start_step
         self._header_due = True
         self._wandb = self._tensorboard = None
-        wandb = _import_wandb() if wandb_project else None  # first: the likeliest mistake should leave no file behind
+        # Before any file is made: the likeliest mistake, wandb that is not installed, should leave nothing behind.
+        wandb = _import_wandb() if wandb_project else None
         try:
             self._out_dir.mkdir(parents=True, exist_ok=True)
             self._jsonl = _open_to_append(self._out_dir / "metrics.jsonl")
@@ -201,7 +202,7 @@ def _finite(value):
 
 
 def _as_code(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())  # Markdown's way to leave a text alone
+    return "\n".join("    " + line for line in text.splitlines())  # indented by four, Markdown shows a text as it is
 
 
 def _open_to_append(path: Path) -> FileIO:
@@ -209,7 +210,7 @@ def _open_to_append(path: Path) -> FileIO:
     if file.tell():
         file.seek(-1, os.SEEK_END)
         if file.read() != b"\n":
-            file.write(b"\n")  # a killed run's last line stays broken and must not spoil ours
+            file.write(b"\n")  # a killed run may have left half a line: ours begins on one of its own
     return file
 
 
