@@ -29,7 +29,7 @@ def train(config: TrainConfig) -> None:
     from training import distributed
     from training.checkpoint import state
     from training.data.batches import Batches, prefetch
-    from training.data.shards import Dataset
+    from training.data.prepare import prepare_for
     from training.device import (
         name_of,
         resolve_device,
@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> None:
 
     # ---- the data: text to tokens, once; then the batch of a step is a function of (seed, step)
     with world.main_first():
-        dataset = Dataset.of_run(config, show_progress=world.is_main)
+        dataset = prepare_for(config, show_progress=world.is_main)
     count, packed = config.gradient_accumulation_steps, config.packed_documents
     batches = Batches.of_run(config, dataset.train, count)
 

@@ -31,7 +31,7 @@ from bench.measure import environment, write_json
 from model import Llama
 from training.config import TrainConfig, defaults
 from training.data.batches import Batch, Batches, prefetch
-from training.data.shards import prepare
+from training.data.prepare import prepare
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.distributed import World
 from training.step.schedule import learning_rate
