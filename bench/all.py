@@ -85,10 +85,7 @@ def gpu_cases() -> list[Case]:
     return [
         *(Case(f"tests-{name}", tests(*files), 150) for name, files in KERNEL_TESTS.items()),
         Case("step-reference", step("reference"), 240),
-        *(
-            Case(f"ops-{op}", ("bench.ops", "--op", op), 600 if op == "attention" else 300)
-            for op in (*SWITCHES, "adamw")
-        ),
+        *(Case(f"ops-{op}", ("bench.ops", "--op", op), 600 if op == "attention" else 300) for op in SWITCHES),
         Case("step-124m", step("124m", *large), 300),
         Case("step-llama3.2-1b", step("llama3.2-1b", *large), 400),
         Case("parity-reference", ("bench.parity", "--preset", "reference", "--batch-size", "8", "--bisect"), 200),

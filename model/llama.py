@@ -165,7 +165,7 @@ class Llama(nn.Module):
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             branch = self._dropout(layer.attend(ops[i], y, cos, sin, first_key))
             y, residual = ops[i].add_rms_norm(branch, residual, layer.ffn_norm, config.norm_eps)
-            # The norm that takes in this layer's output opens the next one, and is of its ops.
+            # Added by the norm that opens the next layer (after the last one, the final norm), so with that one's ops.
             branch = self._dropout(layer.feed_forward(ops[i], y))
             y, residual = ops[i + 1].add_rms_norm(branch, residual, next_norm, config.norm_eps)
         return y

@@ -114,7 +114,7 @@ def readme_block(results: list[Result]) -> str:
     for gpu in dict.fromkeys([GPU, *standings.gpus]):
         parts += [
             f"**A training step on {gpu}** (bfloat16, deterministic; `python -m bench.step --preset PRESET`)\n",
-            "fused: every kernel, `--optimizer fused-adamw` and one CUDA graph a step; compiled: `torch.compile`, torch's AdamW, "
+            "fused: every kernel, AdamW's too, and one CUDA graph a step; compiled: `torch.compile`, torch's AdamW, "
             "no graph. What the graph alone gives: variant `fused-uncaptured`.\n",
             step_table(standings, gpu),
             f"**Each op on {gpu}** (`python -m bench.ops --op OP`)\n",

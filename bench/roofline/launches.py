@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run half-precision products on the meta device without it
 import kernels
-from kernels import Ops, grammar
+from kernels import Ops
 from kernels.attention.op import attention_torch
 from kernels.launch import NAMESPACE, TARGETS, Launched, recorded
 from kernels.ops import FIELDS, InTurn
@@ -93,8 +93,7 @@ def _step(config: TrainConfig, spec: str, arch: str, micro_steps: int) -> dict[s
         if isinstance(module, Linear):
             module.forward = counter.label("linear", module.forward)
     model.forward = counter.label(GLUE, model.forward)
-    optimizer = "adamw" if spec == "none" else "fused-adamw"
-    trainer = Trainer(model, replace(config, optimizer=optimizer, compile=False), World())
+    trainer = Trainer(model, replace(config, kernels=spec, compile=False), World())
     batch = [(tokens, tokens, None)] * micro_steps
     if spec == "none":
         with counter:
@@ -192,7 +191,7 @@ class _Counter(TorchDispatchMode):
         """Count the Triton launches since the last time; `changed`: storages that they write where they have read."""
         for launched in self.launched[self._seen :]:
             file = launched.kernel.__module__.split(".")[1]
-            op = next((switch for switch in grammar.SWITCHES if file.startswith(switch)), UPDATE)
+            op = next((switch for switch in FIELDS if file.startswith(switch)), UPDATE)
             self._add(op, launch_bytes(launched, changed))
         self._seen = len(self.launched)
 

@@ -4,7 +4,7 @@
     plain, compiled                  the torch twins, eager and under torch.compile, with torch's AdamW
     fused                            every Triton kernel, AdamW's too, compiled and captured as a CUDA graph
     fused-uncaptured                 the same without the graph
-    only-OP, without-OP              one kernel alone on, or alone off; OP: a switch of train.py --kernels, or adamw
+    only-OP, without-OP              one kernel alone on, or alone off; OP: a switch of train.py --kernels
     unchunked                        compiled, with a loss head that holds all logits: a product and F.cross_entropy
     liger, liger-compiled            Liger-Kernel's ops in the same model, torch's attention and AdamW
     transformers                     Hugging Face's Llama of equal size under autocast, with SDPA and torch's AdamW, eager
@@ -33,7 +33,7 @@ from training.step.trainer import Trainer
 WHOLE = ("reference", "reference-compiled", "plain", "compiled", "fused", "fused-uncaptured", "unchunked")
 PEERS = {"liger": "liger-kernel", "liger-compiled": "liger-kernel", "transformers": "transformers"}
 """Variants that need a package, and its name."""
-PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in (*SWITCHES, "adamw"))
+PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in SWITCHES)
 VARIANTS = (*WHOLE, *PEERS, *PER_OP)
 
 MicroBatches = list[tuple[Tensor, Tensor]]
@@ -52,14 +52,10 @@ def selection(variant: str) -> dict[str, object]:
     if variant in ("plain", "liger"):
         return {"compile": False}
     if variant.startswith("fused"):
-        options = {"fused": True, "optimizer": "fused-adamw", "capture": variant == "fused"}
+        options = {"kernels": "all", "capture": variant == "fused"}
     elif variant in PER_OP:
         way, _, op = variant.partition("-")
-        layers = {"only": "none", "without": "all"}[way]
-        if op != "adamw":
-            layers = f"{layers},{'-' * (way == 'without')}{op}"
-        fused_update = (op == "adamw") == (way == "only")
-        options = {"kernels": layers, "optimizer": "fused-adamw" if fused_update else "adamw", "capture": False}
+        options = {"kernels": {"only": op, "without": f"all,-{op}"}[way], "capture": False}
     else:
         options = {}
     return options | {"compile": True}

@@ -1,7 +1,5 @@
 """generate.py from the outside: the same text from the same seed, and what is said of bad input."""
 
-import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -13,7 +11,7 @@ import torch
 
 import generate
 import train
-from tests.support.run_testing import ROOT, TINY, Result, arguments, call, finish, start, write_text
+from tests.support.run_testing import ROOT, TINY, Result, arguments, call, edit_config, finish, start, write_text
 
 
 @pytest.fixture(scope="session")
@@ -149,14 +147,7 @@ def test_a_gpu_that_is_not_there_is_named(run, monkeypatch):
 
 def test_a_run_of_kernels_and_their_optimizer_generates_without_them(run, tmp_path, monkeypatch):
     shutil.copytree(run / "step-00000060", tmp_path / "step-00000060")
-    config = tmp_path / "step-00000060" / "config.toml"
-    text = config.read_text().replace('optimizer = "adamw"', 'optimizer = "fused-adamw"')
-    assert "fused-adamw" in text
-    config.write_text(text)
-    path = tmp_path / "step-00000060" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["config.toml"] |= {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    path.write_text(json.dumps(manifest))
+    edit_config(tmp_path / "step-00000060", kernels='"all"', optimizer='"fused-adamw"')
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     result = call(generate, [str(tmp_path), "--which=step-00000060", "--max-new-tokens=3"])
     assert result.status == 0, result.err

@@ -15,7 +15,7 @@ from tests.support.run_testing import TINY, Result, arguments, finish, records, 
 from training import evaluation
 from training import run_folder as checkpoint_folder
 from training.checkpoint import files as checkpoint
-from training.config import from_toml, parse
+from training.command_line import from_toml, parse
 from training.data.tokenizer import Tokenizer
 from training.step import readback
 from training.step import trainer as step

@@ -36,10 +36,10 @@ def places(trainer):
     return {name: x.data_ptr() for name, x in tensors.items()}
 
 
-@pytest.mark.parametrize("name", ["adamw", "fused-adamw"])
+@pytest.mark.parametrize("kernels", ["none", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_nothing_moves_between_steps_not_for_an_evaluation_or_a_checkpoint_either(name, dtype):
-    trainer = make_trainer(dtype, optimizer=name, device=kt.DEVICE)
+def test_nothing_moves_between_steps_not_for_an_evaluation_or_a_checkpoint_either(kernels, dtype):
+    trainer = make_trainer(dtype, kernels=kernels, device=kt.DEVICE)
     train(trainer, 1)
     before = places(trainer)
     train(trainer, 2)
@@ -211,7 +211,7 @@ def test_results_outlive_the_next_step():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_that_asks_the_gpu_goes_on_uncaptured(capsys):
     def run(asks):
-        trainer = make_trainer(torch.bfloat16, "all", device="cuda", optimizer="fused-adamw")
+        trainer = make_trainer(torch.bfloat16, "all", device="cuda", kernels="all")
         if asks:
             loss_sum = trainer.loss_sum
             trainer.loss_sum = lambda *batch: (loss := loss_sum(*batch), loss.item())[0]
@@ -231,7 +231,7 @@ def test_a_captured_step_computes_the_same_bits(dtype, compile, determinism_put_
 
     def run(capture):
         torch.manual_seed(0)
-        options = TINY | {"fused": True, "optimizer": "fused-adamw", "compile": compile, "capture": capture}
+        options = TINY | {"kernels": "all", "compile": compile, "capture": capture}
         config = TrainConfig(**options)
         trainer = Trainer(Llama(config.shape(), select("all", config.n_layers), dtype).cuda(), config, World())
         assert trainer.captures is capture

@@ -60,7 +60,7 @@ def test_float32_training_tracks_the_torch_twins(torch_curve, spec, steps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_training_with_every_kernel_and_their_optimizer_tracks_torch(dtype, steps):
     """In losses, and in how far the parameters moved, as a root mean square: Adam makes whole steps of a gradient that is noise."""
-    losses, moved = run("all", dtype, steps, optimizer="fused-adamw")
+    losses, moved = run("all", dtype, steps, kernels="adamw")
     wanted, wanted_moved = run("none", dtype, steps)
     assert furthest(losses, wanted) < BOUND[dtype]
     assert (moved - wanted_moved).norm() / wanted_moved.norm() < MOVED[dtype]
