@@ -22,7 +22,7 @@ from bench import command
 from bench.measure import Interrupted, Timing, environment, time_in_turn, write_json
 from bench.step import compare as step_compare
 from bench.step import profile, tokens
-from bench.step.variants import BASELINES, PEERS, PER_OP, VARIANTS, make_step, why_absent
+from bench.step.variants import PEERS, PER_OP, VARIANTS, baseline, make_step, why_absent
 from model import flops
 from training import hardware
 from training.config import TrainConfig, defaults
@@ -253,12 +253,6 @@ def figures(timing: Timing, config: TrainConfig, device: torch.device, dtype: to
         "tflops": rate * flops_per_token / 1e12,
         "mfu": hardware.mfu(flops_per_token, rate, name_of(device), str(dtype).removeprefix("torch.")),
     }
-
-
-def baseline(rows: list[dict]) -> str:
-    """What a step is compared with: the faster of compiled and compiled-captured, without them the first that ran, or nothing."""
-    ms = {row["variant"]: row["ms"] for row in rows if "ms" in row}
-    return min((variant for variant in BASELINES if variant in ms), key=ms.get, default=next(iter(ms), ""))
 
 
 def against_baseline(rows: list[dict]) -> list[dict]:

@@ -58,6 +58,12 @@ def why_absent(variant: str, device: torch.device) -> str | None:
     return "no GPU" if needs_gpu and device.type != "cuda" else None
 
 
+def baseline(rows: list[dict]) -> str:
+    """What a step is compared with: the faster of compiled and compiled-captured, without them the first that ran, or nothing."""
+    ms = {row["variant"]: row["ms"] for row in rows if "ms" in row}
+    return min((variant for variant in BASELINES if variant in ms), key=ms.get, default=next(iter(ms), ""))
+
+
 def selection(variant: str) -> dict[str, object]:
     """The options of train.py that make a variant of `model.Llama`."""
     if variant in ("plain", "liger"):
