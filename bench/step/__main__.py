@@ -29,8 +29,9 @@ from training.config import TrainConfig, defaults
 from training.device import name_of, resolve_device, resolve_dtype, set_determinism
 from training.errors import UserError
 
-# Above this, models are not held side by side: parameters, gradients and moments are 16 bytes a parameter each time.
-SIDE_BY_SIDE = 200_000_000
+# Above this, models are not held side by side: parameters, gradients and moments are 16 bytes a parameter each time, and a captured
+# step keeps its activations.
+SIDE_BY_SIDE = 100_000_000
 OUT_OF_MEMORY = "out of memory"
 FIRST_REPEATS = 3
 """Counted steps of a variant by itself, before all are timed in turn."""
