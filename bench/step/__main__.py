@@ -132,13 +132,13 @@ def measure(options: StepBench, console: Console) -> dict:
         "deterministic": options.deterministic,
         "tokens": drawn,
         "rows": [],
+        "environment": environment(),
     }
     rows: dict[str, dict] = {}
 
     def keep(variant: str, row: dict) -> None:
         rows[variant] = {"variant": variant} | row
         result["rows"] = against_baseline([rows[v] for v in variants if v in rows])
-        result["environment"] = environment()
         if options.json:
             write_json(options.json, result)
 
@@ -149,6 +149,9 @@ def measure(options: StepBench, console: Console) -> dict:
                 _time_group(group, config, options, device, dtype, micro_batches, keep, console)
             torch.compiler.reset()  # compiled code holds on to the models it was compiled for
             _release(device)
+            result["environment"] = environment()  # clocks and power as they are under load
+        if options.json:
+            write_json(options.json, result)
     finally:
         if result["rows"]:
             show(result, console)
