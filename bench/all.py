@@ -155,7 +155,8 @@ def run_all(cases: list[Case], folder: Path, seconds: float, console: Console) -
             _run(group, folder, left, done)
     finally:
         left_over = [case.name for case in to_do if records.get(case.name, {}).get("status") != "done"]
-        console.print("\n".join([*summary(folder, result), f"left: {', '.join(left_over) or 'nothing'}"]), markup=False)
+        lines = [*summary(folder, result), f"left: {', '.join(left_over) or 'nothing'}"]
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
     return result
 
 

@@ -75,7 +75,7 @@ class CheckBench:
 
 @dataclass(frozen=True)
 class Found:
-    """A figure that must not exceed its bound, and what it is of."""
+    """A figure that must not exceed its bound, and what it is of. Infinite where something is zero that should not be."""
 
     value: float
     bound: float
@@ -88,7 +88,8 @@ class Found:
 
     def __str__(self) -> str:
         where = f"{self.where}: " if self.where else ""
-        return f"{where}{self.value:.3g}, allowed {self.bound:.3g}"
+        value = "zero" if math.isinf(self.value) else f"{self.value:.3g}"
+        return f"{where}{value}, allowed {self.bound:.3g}"
 
 
 @dataclass(frozen=True)

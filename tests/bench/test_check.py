@@ -92,6 +92,7 @@ def test_each_parameter_is_held_to_three_times_the_error_of_plain_and_a_thousand
     give(changed)
     found = made.of("fused")
     assert (found.passed, found.where) == (passed, where)
+    assert ("norm: zero, allowed " in str(found)) == (where in changed and not changed[where].any())
 
 
 def test_a_reference_of_zeros_may_be_met_by_zeros_only():
