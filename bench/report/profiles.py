@@ -12,8 +12,9 @@ PARTS = {
     "copies and fills of memory": r"Memcpy|Memset|FillFunctor",
     "PyTorch's own": r"at::|at_cuda|_anonymous_|\(anonymous namespace\)|cub::",
 }
-"""What a kernel counts as by its name: the first part whose pattern is in it. Those of this project are named after their op."""
-OURS = "**kernels of this project**"
+"""What a kernel counts as by its name: the first part whose pattern is in it."""
+OURS = "**hand-written Triton kernels**"
+"""Those of this project, and in its variants Liger's: named after their function, which begins with an underscore in both."""
 SHARE = 0.01
 """Kernels with less of the time are one line."""
 
