@@ -6,11 +6,11 @@ from bench.report.markdown import table
 from bench.report.standings import Standings, Steps
 
 PARTS = {
-    "products (cuBLAS)": r"nvjet|gemm|cutlass|cublas|splitK|wgmma",
-    "attention of PyTorch": r"flash|fmha|attention",
-    "kernels that Inductor wrote": r"triton_",
+    "kernels that Inductor wrote": r"^triton_",
+    "attention of PyTorch": r"flash|fmha",
+    "products (cuBLAS)": r"nvjet|gemm|cutlass|cublas|splitK",
     "copies and fills of memory": r"Memcpy|Memset|FillFunctor",
-    "PyTorch's own": r"at::|at_cuda|_anonymous_|\(anonymous namespace\)|cub::",
+    "PyTorch's own": r"at::|at_cuda|\(anonymous namespace\)|cub::",
 }
 """What a kernel counts as by its name: the first part whose pattern is in it."""
 OURS = "**hand-written Triton kernels**"

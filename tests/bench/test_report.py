@@ -298,7 +298,11 @@ def test_the_page_says_where_the_time_of_a_step_goes(tmp_path):
         ("_attention_dkdv_kernel", OURS),
         ("triton_poi_fused__to_copy_add_4", "kernels that Inductor wrote"),
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "products (cuBLAS)"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "attention of PyTorch"),
+        (
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>, cutlass::bfloat16_t>",
+            "attention of PyTorch",
+        ),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_backward_3", "kernels that Inductor wrote"),
         ("void (anonymous namespace)::indexing_backward_kernel<float, 4>(long const*)", "PyTorch's own"),
         (
             "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
