@@ -215,6 +215,9 @@ def _run(group: list[Case], folder: Path, left: float, done: Callable[[Case, dic
 
 
 def _start(case: Case, folder: Path) -> subprocess.Popen:
+    environment = os.environ | compile_caches() | {"PYTHONUNBUFFERED": "1"}
+    if "-n" in case.arguments:  # as many processes as cores compile already: none needs helpers of its own
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     with open(folder / f"{case.name}.log", "w") as log:
         return subprocess.Popen(
             case.command(folder),
@@ -223,7 +226,7 @@ def _start(case: Case, folder: Path) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its own children end with it
-            env=os.environ | compile_caches() | {"PYTHONUNBUFFERED": "1"},
+            env=environment,
         )
 
 
