@@ -216,7 +216,7 @@ def _run(group: list[Case], folder: Path, left: float, done: Callable[[Case, dic
 
 def _start(case: Case, folder: Path) -> subprocess.Popen:
     environment = os.environ | compile_caches() | {"PYTHONUNBUFFERED": "1"}
-    if "-n" in case.arguments:  # as many processes as cores compile already: none needs helpers of its own
+    if case.arguments[0] == "pytest":  # as many processes as cores compile already: none needs helpers of its own
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     with open(folder / f"{case.name}.log", "w") as log:
         return subprocess.Popen(
