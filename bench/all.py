@@ -253,8 +253,8 @@ def _lines(folder: Path, case: Case) -> list[str]:
 
 
 def _show(case: Case, record: dict, folder: Path, console: Console) -> None:
-    """A bench's tables, or the end of the output of anything else."""
-    lines = _lines(folder, case)
+    """A bench's tables, or the end of the output of anything else; nothing of what is only compiled."""
+    lines = _lines(folder, case) if case.json or record["status"] != "done" else []
     whole = record["status"] == "done" and case.arguments[0].startswith("bench.")
     console.print(
         "\n".join(lines if whole else lines[-15:]), markup=False, highlight=False, overflow="ignore", crop=False

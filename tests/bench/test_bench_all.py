@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,14 @@ def test_the_first_four_minutes_are_checks_and_tests_side_by_side_and_the_step_b
 def test_what_is_only_compiled_leaves_no_figures(tmp_path):
     (compiled,) = (case for case in gpu_cases() if case.name.startswith("compile-"))
     assert "--json" not in compiled.command(tmp_path)
+
+
+def test_the_output_of_what_is_only_compiled_is_shown_where_it_failed(tmp_path, console):
+    quiet = [replace(case, json=False) for case in (GOOD, BAD)]
+    run_all(quiet, tmp_path, 60, console)
+    shown = console.file.getvalue()
+    assert "all is well" not in shown
+    assert "so far" in shown
 
 
 def test_cases_that_take_no_times_run_side_by_side(tmp_path, console):
