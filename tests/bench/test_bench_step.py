@@ -91,6 +91,10 @@ def test_the_twins_are_captured_where_they_are_asked_to_be_and_the_kernels_where
     assert asked == {"plain": None, "compiled": None, "compiled-captured": True, "fused-uncaptured": None}
 
 
+def test_a_cpu_captures_nothing_whatever_is_asked():
+    assert not make_trainer("compiled-captured", TINY, CPU, torch.float32, compile=False).captures
+
+
 def test_what_cannot_run_here_says_why(monkeypatch):
     monkeypatch.setattr("bench.step.variants.version", lambda package: None)
     gpu = torch.device("cuda")
