@@ -9,13 +9,13 @@ from bench.report.standings import Standings
 
 LONGEST = 5
 """Kernels of the profile that are named."""
+BAD = ("failed", "timed out")
 
 
 def summary(folder: Path, run: dict) -> list[str]:
     """At most nine lines on the results in a folder and on `run`, what its all.json holds: how it stands, and what went wrong."""
-    results = archive.read_files(path for path in folder.glob("*.json"))
-    standings = Standings(results)
-    lines = ["", "summary", *_checks(results), *_tests(run)]
+    standings = Standings(archive.read_files(folder.glob("*.json")))
+    lines = ["", "summary", *_checks(standings.newest("check", "dtype")), *_tests(run)]
     for gpu in standings.gpus:
         lines += [line for preset in STEP for line in _step(standings, gpu, preset)]
         lines += [*_profile(standings, gpu), *_ops(standings, gpu)]
@@ -23,11 +23,8 @@ def summary(folder: Path, run: dict) -> list[str]:
     return lines + ([f"went wrong: {', '.join(wrong)}"] if wrong else [])
 
 
-BAD = ("failed", "timed out")
-
-
 def _checks(results: list[Result]) -> list[str]:
-    rows = [row for result in results if result.bench == "check" for row in result.data["rows"]]
+    rows = [row for result in results for row in result.data["rows"]]
     failed = [row["check"] for row in rows if not row["passed"]]
     return [f"checks: {len(rows) - len(failed)} of {len(rows)} passed{_named('; failed', failed)}"] if rows else []
 
