@@ -1,6 +1,7 @@
 """What the commands of the bench have written: bench/results/<date>-<device>/*.json, oldest first."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class Result:
 
     @property
     def bench(self) -> str:
-        """The command: step, ops, loss_parity, parity, roofline, machine_code, all."""
+        """The command: step, ops, check, loss_parity, parity, roofline, machine_code, all."""
         return self.data["bench"]
 
     @property
@@ -40,8 +41,13 @@ def read(folder: Path = RESULTS) -> list[Result]:
 
     Raises UserError, naming the file, for a JSON that no command of the bench wrote.
     """
+    return read_files(folder.glob("*/*.json"))
+
+
+def read_files(paths: Iterable[Path]) -> list[Result]:
+    """The results in these files by their dates; errors as those of `read`."""
     results = []
-    for path in sorted(folder.glob("*/*.json")):
+    for path in sorted(paths):
         try:
             result = Result(path, json.loads(path.read_text(encoding="utf-8")))
             _ = result.bench, result.gpu, result.date

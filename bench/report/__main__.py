@@ -1,9 +1,11 @@
 """bench/RESULTS.md, its charts and the README's tables, from the JSON in bench/results/: `python -m bench.report`.
 
-The newest figure of a GPU, a size and a variant is the one that is shown; ratios are within the run that measured both. What no GPU
-has measured is marked. `--check` writes nothing and has exit status 1 where README.md or RESULTS.md is not what the JSON says.
+The newest figure of a GPU, a size and a variant is the one that is shown; ratios are within the run that measured both. The README
+has what was measured; what was not is marked in RESULTS.md, beside its goal. `--check` writes nothing and has exit status 1 where
+README.md or RESULTS.md is not what the JSON says.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from bench import archive, command
 from bench.all import gpu_cases
 from bench.archive import Result
 from bench.parity.__main__ import worst
-from bench.report import charts
-from bench.report.goals import GPU, LOSS_HEAD, LOSS_HEAD_SIZE, OPS, STEP, UNMEASURED, Goal
+from bench.report import charts, profiles
+from bench.report.goals import GPU, LOSS_HEAD, LOSS_HEAD_SIZE, OPS, STEP, UNMEASURED, verdicts
+from bench.report.markdown import table
 from bench.report.standings import CPU, Standings, Steps
 from training.errors import UserError
 
@@ -24,6 +27,7 @@ BEGIN, END = "<!-- results: written by python -m bench.report -->", "<!-- end of
 VARIANTS = {
     "plain": "plain, eager",
     "compiled": "plain, compiled",
+    "compiled-captured": "plain, compiled, captured",
     "fused": "**fused**",
     "liger": "Liger's ops, eager",
     "liger-compiled": "Liger's ops, compiled",
@@ -87,12 +91,6 @@ def with_block(readme: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}{END}{after}"
 
 
-def table(headings: list[str], rows: list[list[str]], numbers_from: int = 1) -> str:
-    """A table in Markdown; columns from `numbers_from` on are aligned to the right."""
-    rule = ["---" if i < numbers_from else "--:" for i in range(len(headings))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (headings, rule, *rows))
-
-
 def cells(figures: dict, forms: dict[str, str]) -> list[str]:
     """Figures in these forms; where there are none at all, said once, so that a row of them reads."""
     if not figures:
@@ -108,65 +106,102 @@ def cells(figures: dict, forms: dict[str, str]) -> list[str]:
 
 
 def readme_block(results: list[Result]) -> str:
-    """What stands between the README's marks: the step, the ops and the loss head on each GPU, and the goals."""
+    """What stands between the README's marks: what was measured on each GPU, and in a sentence what was not."""
     standings = Standings(results)
     parts = []
     for gpu in dict.fromkeys([GPU, *standings.gpus]):
-        parts += [
-            f"**A training step on {gpu}** (bfloat16, deterministic; `python -m bench.step --preset PRESET`)\n",
-            "fused: every kernel, AdamW's too, and one CUDA graph a step; compiled: `torch.compile`, torch's AdamW, "
-            "no graph. What the graph alone gives: variant `fused-uncaptured`.\n",
-            step_table(standings, gpu),
-            f"**Each op on {gpu}** (`python -m bench.ops --op OP`)\n",
-            ops_table(standings, gpu),
-            f"**The loss head on {gpu}**, forward and backward, at the size of {LOSS_HEAD_SIZE} "
-            "(`python -m bench.ops --op linear_cross_entropy`)\n",
-            loss_head_table(standings, gpu),
-        ]
+        parts += [_titled(title, rows) for title, rows in _tables(standings, gpu, measured=True) if rows]
+    parts.append(unmeasured(standings))
     parts.append(
-        "us: median, cold cache; of a copy: the time of a copy of the bytes that must move, over the op's; vs: above 1 is faster. "
-        "`python -m bench.all --minutes 120` measures all of this on the GPU you have, and `python -m bench.report` writes "
-        "it here; more of it, with charts: [bench/RESULTS.md](bench/RESULTS.md).\n"
+        "`python -m bench.all --minutes 120` measures all of this on the GPU you have; `python -m bench.report` writes it here. "
+        "Every goal, more figures, charts and where they are from: [bench/RESULTS.md](bench/RESULTS.md).\n"
     )
     return "\n".join(parts)
 
 
-def step_table(standings: Standings, gpu: str) -> str:
+def unmeasured(standings: Standings) -> str:
+    """A sentence that names what has a goal and no figure."""
+    steps = [preset for preset in STEP if "ms" not in standings.steps(GPU, preset).get("fused", {})]
+    ops = dict.fromkeys(op for op, size, direction in OPS if "us" not in standings.op(GPU, op, size, direction))
+    named = [f"the step of {', '.join(steps)}"] if steps else []
+    named += [f"the ops {', '.join(ops)}"] if ops else []
+    named += [] if standings.loss_heads(GPU) else ["the loss head"]
+    if not named:
+        return f"All that has a goal was measured on {GPU}.\n"
+    return f"Not measured on {GPU} yet: {'; '.join(named)}.\n"
+
+
+def _tables(standings: Standings, gpu: str, measured: bool) -> list[tuple[str, str]]:
+    """Titles and tables of the step, the ops and the loss head; measured: only rows with figures, an empty table being ""."""
+    return [
+        (
+            f"**A training step on {gpu}** (bfloat16, deterministic, tokens as frequent as in text; "
+            "`python -m bench.step --preset PRESET`)\n\n"
+            "fused: every kernel, AdamW's too, and one CUDA graph a step; compiled: `torch.compile`, torch's AdamW; captured: the "
+            "same in a CUDA graph as well. vs best: against the faster of the two; above 1 is faster.",
+            step_table(standings, gpu, measured),
+        ),
+        (
+            f"**Each op on {gpu}** (`python -m bench.ops --op OP`)\n\n"
+            "us: median, cold cache; of a copy: the time of a copy of the bytes that must move, over the op's.",
+            ops_table(standings, gpu, measured),
+        ),
+        (
+            f"**The loss head on {gpu}**, forward and backward, at the size of {LOSS_HEAD_SIZE} "
+            "(`python -m bench.ops --op linear_cross_entropy`)",
+            loss_head_table(standings, gpu, measured),
+        ),
+    ]
+
+
+def _titled(title: str, rows: str) -> str:
+    return f"{title}\n\n{rows}"
+
+
+def step_table(standings: Standings, gpu: str, measured: bool = False) -> str:
     """A row a preset and variant."""
     rows = []
     for preset, goals in STEP.items():
         steps = standings.steps(gpu, preset)
         for variant, name in VARIANTS.items():
             figures = steps.get(variant, {})
-            goal = _goals(goals, figures, gpu) if variant == "fused" else ""
-            rows.append([preset, name, *_step_cells(figures), goal])
-    return table(["preset", "variant", "ms/step", "MFU", "vs compiled", "peak GiB", "goal"], rows, numbers_from=2)
+            goal = "; ".join(verdicts(goals, figures, gpu)) if variant == "fused" else ""
+            if figures or not measured:
+                rows.append([preset, name, *_step_cells(figures), goal])
+    headings = ["preset", "variant", "ms/step", "MFU", "vs best", "peak GiB", "goal"]
+    return table(headings, rows, numbers_from=2) if rows else ""
 
 
 def _step_cells(figures: dict) -> list[str]:
-    return cells(figures, {"ms": "{:.1f}", "mfu": "{:.1%}", "vs_compiled": "{:.2f}x", "peak_memory": "{:.2f}"})
+    if "best" in figures:
+        figures = figures | {"vs_best": f"{figures['vs_best']:.2f}x {figures['best']}"}
+    return cells(figures, {"ms": "{:.1f}", "mfu": "{:.1%}", "vs_best": "{}", "peak_memory": "{:.2f}"})
 
 
-def ops_table(standings: Standings, gpu: str) -> str:
+def ops_table(standings: Standings, gpu: str, measured: bool = False) -> str:
     """A row an op, size and pass that has a goal."""
     rows = []
     for (op, size, direction), goals in OPS.items():
         figures = standings.op(gpu, op, size, direction)
         counted = "tflops" if any(goal.figure == "tflops" for goal in goals) else "of_copy"
         forms = {"us": "{:.1f}", counted: {"tflops": "{:.0f} TFLOP/s", "of_copy": "{:.0%} of a copy"}[counted]}
-        rows.append([op, size, direction, *cells(figures, forms), _peer(figures), _goals(goals, figures, gpu)])
-    return table(["op", "size", "pass", "us", "speed", "vs best peer", "goal"], rows, numbers_from=3)
+        if figures or not measured:
+            goal = "; ".join(verdicts(goals, figures, gpu))
+            rows.append([op, size, direction, *cells(figures, forms), _peer(figures), goal])
+    headings = ["op", "size", "pass", "us", "speed", "vs best peer", "goal"]
+    return table(headings, rows, numbers_from=3) if rows else ""
 
 
-def loss_head_table(standings: Standings, gpu: str) -> str:
+def loss_head_table(standings: Standings, gpu: str, measured: bool = False) -> str:
     """A row an implementation: time and the most memory held, and the goals in that of the kernel."""
     heads = standings.loss_heads(gpu)
     rows = []
     for variant, name in LOSS_HEADS.items():
         figures = heads.get(variant, {})
-        goal = _goals(LOSS_HEAD, figures, gpu) if variant == "triton" else ""
-        rows.append([name, *cells(figures, {"us": "{:,.0f}", "peak_memory": "{:.2f}"}), goal])
-    return table(["", "us", "peak GiB", "goal"], rows)
+        goal = "; ".join(verdicts(LOSS_HEAD, figures, gpu)) if variant == "triton" else ""
+        if figures or not measured:
+            rows.append([name, *cells(figures, {"us": "{:,.0f}", "peak_memory": "{:.2f}"}), goal])
+    return table(["", "us", "peak GiB", "goal"], rows) if rows else ""
 
 
 def _peer(figures: dict) -> str:
@@ -175,17 +210,6 @@ def _peer(figures: dict) -> str:
         return ""
     absent = "".join(f"; {name} {reason}" for name, reason in figures["absent"].items())
     return f"{figures['vs_best']:.2f}x {figures['best']}{absent}"
-
-
-def _goals(goals: tuple[Goal, ...], figures: dict, gpu: str) -> str:
-    """Each goal, and what became of it where the row has figures: goals are those of one GPU."""
-    if gpu != GPU:
-        return ""
-    verdicts = [f": {goal.verdict(figures.get(goal.figure))}" if figures else "" for goal in goals]
-    if figures.get("absent"):
-        caveats = [" (not all peers ran)" if goal.figure == "vs_best" else "" for goal in goals]
-        verdicts = [verdict + caveat for verdict, caveat in zip(verdicts, caveats, strict=True)]
-    return "; ".join(goal.text + verdict for goal, verdict in zip(goals, verdicts, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ RESULTS.md
@@ -199,7 +223,16 @@ def results_page(results: list[Result], drawn: list[str]) -> str:
         "Written by `python -m bench.report` from the JSON in [results/](results/): edit neither.\n",
     ]
     parts += [f"![{name}](results/charts/{name})\n" for name in drawn]
-    parts += [_unmeasured(results)]
+    parts += ["## Goals\n"]
+    for gpu in dict.fromkeys([GPU, *standings.gpus]):
+        parts += [_titled(title, rows) for title, rows in _tables(standings, gpu, measured=False)]
+    parts += ["## Where the time of a step goes\n", profiles.page(standings) or _nothing("bench.step --profile")]
+    parts += [
+        "## Products\n",
+        _products(standings.newest("products", "dtype")) or "Nothing has timed cuBLAS by itself.\n",
+    ]
+    parts += [_was_run(results)]
+    parts += ["## Checks\n", _checks(standings.newest("check", "dtype")) or _nothing("bench.check")]
     parts += ["## Steps\n", _by_step(standings.all_steps()) or _nothing("bench.step")]
     parts += ["## Ops\n", _by_op(standings) or _nothing("bench.ops")]
     parts += [
@@ -219,32 +252,53 @@ def _nothing(program: str) -> str:
     return f"{UNMEASURED}: `python -m {program}` has left nothing in bench/results/ yet.\n"
 
 
-def _unmeasured(results: list[Result]) -> str:
+def _was_run(results: list[Result]) -> str:
     """What `bench.all` would run on a GPU, and what became of it on each."""
     records: dict[str, dict[str, str]] = {}
     for result in results:
         if result.bench == "all" and result.gpu:
-            statuses = {name: record["status"] for name, record in result.data["cases"].items()}
+            statuses = {name: _became(name, record) for name, record in result.data["cases"].items()}
             records[result.gpu] = records.get(result.gpu, {}) | statuses
     gpus = list(dict.fromkeys([GPU, *records]))
     rows = []
     for case in gpu_cases():
         words = case.arguments
-        if words[0] == "pytest":  # the rest is about how fast, which depends on what is installed
-            words = ("pytest", *(word for word in words if word.startswith("tests/")))
+        if "-n" in words:  # how many processes, which is this machine's
+            at = words.index("-n")
+            words = words[:at] + words[at + 2 :]
         became = (records.get(gpu, {}).get(case.name, UNMEASURED) for gpu in gpus)
-        rows.append([case.name, f"`python -m {' '.join(words)}`", *became])
+        rows.append([case.name, f"`python -m {shlex.join(words)}`", *became])
     return "## What was run on a GPU\n\n" + table(["case", "command", *gpus], rows, numbers_from=2)
+
+
+def _became(name: str, record: dict) -> str:
+    """How a case ended, and of tests how many passed."""
+    is_tests = name.startswith("tests-") and record.get("last_line")
+    return f"{record['status']}: {record['last_line'].strip('= ')}" if is_tests else record["status"]
+
+
+def _checks(results: list[Result]) -> str:
+    rows = []
+    for result in results:
+        for row in result.data["rows"]:
+            found = row["failed"] if "failed" in row else f"{row['value']:.2g}"
+            bound = "" if "failed" in row else f"{row['bound']:.2g}"
+            verdict = "passed" if row["passed"] else "**failed**"
+            rows.append(
+                [result.gpu or CPU, result.data["dtype"], row["check"], found, bound, row.get("where", ""), verdict]
+            )
+    headings = ["on", "dtype", "check", "found", "allowed", "at", ""]
+    return table(headings, rows, numbers_from=3) if rows else ""
 
 
 def _by_step(steps: list[Steps]) -> str:
     rows = [
-        [of.where, of.preset, of.batch, variant, *_step_cells(figures), figures["date"][:10]]
+        [of.where, of.preset, of.batch, figures["tokens"], variant, *_step_cells(figures), figures["date"][:10]]
         for of in steps
         for variant, figures in of.variants.items()
     ]
-    headings = ["on", "preset", "batch", "variant", "ms/step", "MFU", "vs compiled", "peak GiB", "date"]
-    return table(headings, rows, numbers_from=4) if rows else ""
+    headings = ["on", "preset", "batch", "tokens", "variant", "ms/step", "MFU", "vs best", "peak GiB", "date"]
+    return table(headings, rows, numbers_from=5) if rows else ""
 
 
 def _by_op(standings: Standings) -> str:
@@ -255,6 +309,17 @@ def _by_op(standings: Standings) -> str:
             rows.append([*where, *measured, _peer(figures), figures["date"][:10]])
     headings = ["on", "op", "size", "pass", "us", "of a copy", "vs best peer", "date"]
     return table(headings, rows, numbers_from=4) if rows else ""
+
+
+def _products(results: list[Result]) -> str:
+    """Matrix products as cuBLAS does them by themselves: what a step could not do without."""
+    forms = {"us": "{:.1f}", "tflops": "{:.0f}", "gb_s": "{:.0f}"}
+    rows = [
+        [result.gpu or CPU, result.data["dtype"], row["product"], *cells(row, forms)]
+        for result in results
+        for row in result.data["rows"]
+    ]
+    return table(["on", "dtype", "product", "us", "TFLOP/s", "GB/s"], rows, numbers_from=3) if rows else ""
 
 
 def _loss_parity(results: list[Result]) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from bench.archive import Result
 from bench.report.goals import LOSS_HEAD_SIZE
+from bench.step.variants import BASELINES, baseline
 from model.config import PRESETS
 from model.flops import parameters
 from training.config import defaults
@@ -24,7 +25,8 @@ class Steps:
     preset: str
     batch: str
     plain_settings: bool
-    """Whether it is the preset's own batch, in half precision, deterministic: what the goals are about."""
+    """Whether it is the preset's own batch and layers, in half precision, deterministic, of tokens as frequent as in text: what the
+    goals are about."""
     variants: dict[str, dict] = field(default_factory=dict)
 
 
@@ -60,37 +62,42 @@ class Standings:
     # ------------------------------------------------------------------------------------------------------------ steps
 
     def steps(self, gpu: str, preset: str) -> dict[str, dict]:
-        """Figures by variant, of the preset's own batch, deterministic: ms, mfu, vs_compiled, peak_memory (bytes), date.
-
-        Of fused also memory_of_unchunked, where that was measured.
+        """Figures by variant, of the settings that the goals are about: ms, mfu, peak_memory (bytes), tokens, date, and of its own
+        run vs_best, how many times faster it is than `best`, the faster of compiled and compiled-captured; vs_baseline is the same
+        where both were measured. profile, where one was taken. Of fused also memory_of_unchunked, where that was measured.
         """
         found = [s for s in self._steps.values() if (s.where, s.preset) == (gpu, preset) and s.plain_settings]
         return _with_memory_ratio(found[-1].variants, preset) if found else {}
 
     def all_steps(self) -> list[Steps]:
-        """Those of other batches and settings too."""
-        return list(self._steps.values())
+        """Those of other batches and settings too, after those that the goals are about."""
+        return sorted(self._steps.values(), key=lambda steps: not steps.plain_settings)
 
     def _take_steps(self, result: Result) -> None:
         data = result.data
         shape = (data["micro_steps"], data["batch_size"], data["sequence_length"])
-        settings = (data["dtype"], data["deterministic"])
+        # Older results name neither their layers, which were all, nor their tokens, which were drawn uniformly.
+        layers, tokens = data.get("n_layers"), data.get("tokens", {"source": "uniform"})["source"]
+        cut = layers not in (None, data.get("layers_of_preset"))
+        settings = (data["dtype"], data["deterministic"], layers if cut else None, tokens == "uniform")
         key = (result.gpu or CPU, data["preset"], shape, settings)
-        batch = (
-            " x ".join(map(str, shape))
-            + f", {data['dtype']}"
-            + ("" if data["deterministic"] else ", not deterministic")
-        )
+        batch = " x ".join(map(str, shape)) + f", {data['dtype']}"
+        batch += "" if data["deterministic"] else ", not deterministic"
+        batch += f", {layers} of {data['layers_of_preset']} layers" if cut else ""
+        batch += ", uniform tokens" if tokens == "uniform" else ""
         plain = _own_batch(data) and data["deterministic"] and data["dtype"] != "float32"
+        plain = plain and not cut and tokens != "uniform"
         steps = self._steps.setdefault(key, Steps(result.gpu or CPU, data["preset"], batch, plain))
-        compiled = next((row["ms"] for row in data["rows"] if row["variant"] == "compiled" and "ms" in row), None)
+        ms = {row["variant"]: row["ms"] for row in data["rows"] if "ms" in row}
+        best = baseline(data["rows"])
         for row in data["rows"]:
-            figures = {
-                name: row[name] for name in ("ms", "ms_min", "ms_max", "mfu", "peak_memory", "failed") if name in row
-            }
-            if compiled and "ms" in row:
-                figures["vs_compiled"] = compiled / row["ms"]
-            steps.variants[row["variant"]] = figures | {"date": result.date}
+            names = ("ms", "ms_min", "ms_max", "mfu", "peak_memory", "failed", "profile")
+            figures = {name: row[name] for name in names if name in row}
+            if best in BASELINES and "ms" in row:
+                figures |= {"best": best, "vs_best": ms[best] / row["ms"]}
+                if all(name in ms for name in BASELINES):
+                    figures["vs_baseline"] = figures["vs_best"]
+            steps.variants[row["variant"]] = figures | {"date": result.date, "tokens": tokens}
 
     # -------------------------------------------------------------------------------------------------------------- ops
 

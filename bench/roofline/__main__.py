@@ -188,7 +188,8 @@ def measured_steps(config: TrainConfig, gpu: Gpu, results: list[Result]) -> list
         data = result.data
         if result.bench != "step" or result.gpu != gpu.name or data["dtype"] == "float32":
             continue
-        if (data["preset"], data["batch_size"], data["micro_steps"]) == batch:
+        all_layers = data.get("n_layers", config.n_layers) == config.n_layers
+        if all_layers and (data["preset"], data["batch_size"], data["micro_steps"]) == batch:
             for row in data["rows"]:
                 if "ms" in row:
                     kept = {name: row[name] for name in ("variant", "ms", "mfu")}

@@ -17,8 +17,8 @@ TOLD = ("device", "torch", "triton", "liger-kernel", "commit", "date")
 def show(before_path: str, after_path: str, console: Console) -> dict:
     """Print the comparison of two files and return it. UserError where they can't be read or compared."""
     before, after = (_read(path) for path in (before_path, after_path))
-    for key in SAME:
-        if before[key] != after[key]:
+    for key in (*SAME, "n_layers"):  # the last is not in older results, which have all layers of their preset
+        if key in before and key in after and before[key] != after[key]:
             raise UserError(
                 f"--compare: {key} is {before[key]} in {before_path} and {after[key]} in {after_path}: "
                 "times of different work can't be compared"
@@ -49,9 +49,17 @@ def compare(before: dict, after: dict) -> dict:
     """
     old, new = ({row["variant"]: row for row in result["rows"]} for result in (before, after))
     rows = [_row(variant, old.get(variant, {}), new.get(variant, {})) for variant in dict.fromkeys([*old, *new])]
-    flat = [{"deterministic": r["deterministic"]} | {k: r["environment"].get(k) for k in TOLD} for r in (before, after)]
+    flat = [_settings(result) | {key: result["environment"].get(key) for key in TOLD} for result in (before, after)]
     differs = {key: [flat[0][key], flat[1][key]] for key in flat[0] if flat[0][key] != flat[1][key]}
     return {"preset": before["preset"], "dtype": before["dtype"], "rows": rows, "differs": differs}
+
+
+def _settings(result: dict) -> dict:
+    """What may differ and is told. Older results do not name their tokens, which were uniform."""
+    return {
+        "deterministic": result["deterministic"],
+        "tokens": result.get("tokens", {"source": "uniform"})["source"],
+    }
 
 
 def _row(variant: str, old: dict, new: dict) -> dict:

@@ -2,6 +2,7 @@
 
     reference, reference-compiled    the loop this project started from (`bench/reference_loop.py`)
     plain, compiled                  the torch twins, eager and under torch.compile, with torch's AdamW
+    compiled-captured                the same as compiled, captured as a CUDA graph: all that PyTorch gives without our kernels
     fused                            every Triton kernel, AdamW's too, compiled and captured as a CUDA graph
     fused-uncaptured                 the same without the graph
     only-OP, without-OP              one kernel alone on, or alone off; OP: a switch of train.py --kernels
@@ -23,6 +24,7 @@ import kernels
 from bench.measure import version
 from bench.peers import liger, transformers_llama
 from bench.peers.reference_loop import AutocastStep, ReferenceLlama
+from bench.step.tokens import MicroBatches
 from kernels.grammar import SWITCHES
 from model import Llama
 from model.linear import linear
@@ -30,21 +32,36 @@ from training.config import TrainConfig
 from training.distributed import World
 from training.step.trainer import Trainer
 
-WHOLE = ("reference", "reference-compiled", "plain", "compiled", "fused", "fused-uncaptured", "unchunked")
+WHOLE = (
+    "reference",
+    "reference-compiled",
+    "plain",
+    "compiled",
+    "compiled-captured",
+    "fused",
+    "fused-uncaptured",
+    "unchunked",
+)
 PEERS = {"liger": "liger-kernel", "liger-compiled": "liger-kernel", "transformers": "transformers"}
 """Variants that need a package, and its name."""
 PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in SWITCHES)
 VARIANTS = (*WHOLE, *PEERS, *PER_OP)
-
-MicroBatches = list[tuple[Tensor, Tensor]]
+BASELINES = ("compiled", "compiled-captured")
+"""What a user would take instead of the kernels here: a step is compared with the faster of these."""
 
 
 def why_absent(variant: str, device: torch.device) -> str | None:
     """Why a variant can't run here, if it can't."""
     if variant in PEERS and version(PEERS[variant]) is None:
         return f"{PEERS[variant]} is not installed"
-    runs_triton = variant.startswith(("fused", "liger", "only-", "without-"))
-    return "no GPU" if runs_triton and device.type != "cuda" else None
+    needs_gpu = variant.startswith(("fused", "liger", "only-", "without-")) or variant == "compiled-captured"
+    return "no GPU" if needs_gpu and device.type != "cuda" else None
+
+
+def baseline(rows: list[dict]) -> str:
+    """What a step is compared with: the faster of compiled and compiled-captured, without them the first that ran, or nothing."""
+    ms = {row["variant"]: row["ms"] for row in rows if "ms" in row}
+    return min((variant for variant in BASELINES if variant in ms), key=ms.get, default=next(iter(ms), ""))
 
 
 def selection(variant: str) -> dict[str, object]:
@@ -80,14 +97,23 @@ def make_step(
     variant: str, config: TrainConfig, device: torch.device, dtype: torch.dtype, micro_batches: MicroBatches
 ) -> Callable[[], float]:
     """A step of a fresh model on always the same batch, which returns its loss."""
-    torch.manual_seed(config.seed)
     if variant.startswith("reference") or variant == "transformers":
+        torch.manual_seed(config.seed)
         make_model = ReferenceLlama if variant != "transformers" else transformers_llama.TransformersLlama
         with device:
             model = make_model(config.shape())
         step = AutocastStep(model, device, dtype, compiled=variant.endswith("compiled"))
         return lambda: step(micro_batches)
-    config = replace(config, **selection(variant))
+    trainer = make_trainer(variant, config, device, dtype)
+    valid = sum(targets.numel() for _, targets in micro_batches)
+    batches = [(tokens, targets, None) for tokens, targets in micro_batches]
+    return lambda: trainer.step(batches, valid, config.learning_rate).loss.item()
+
+
+def make_trainer(variant: str, config: TrainConfig, device: torch.device, dtype: torch.dtype, **options) -> Trainer:
+    """A fresh model of the variant with its optimizer; options of train.py come before those of the variant."""
+    torch.manual_seed(config.seed)
+    config = replace(config, **selection(variant) | options)
     ops = kernels.select(config.kernel_spec, config.n_layers)
     if variant.startswith("liger"):
         ops = [replace(kernels.TORCH, **liger.ops())] * len(ops)
@@ -95,7 +121,4 @@ def make_step(
         ops = [replace(kernels.TORCH, linear_cross_entropy=all_logits)] * len(ops)
     with device:
         model = Llama(config.shape(), ops, dtype)
-    trainer = Trainer(model, config, World())
-    valid = sum(targets.numel() for _, targets in micro_batches)
-    batches = [(tokens, targets, None) for tokens, targets in micro_batches]
-    return lambda: trainer.step(batches, valid, config.learning_rate).loss.item()
+    return Trainer(model, config, World(), capture=True if variant == "compiled-captured" else None)

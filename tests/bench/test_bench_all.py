@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ import tyro
 from rich.console import Console
 
 from bench import all as bench_all
-from bench import loss_parity
-from bench.all import PROJECT, AllBench, Case, cpu_cases, gpu_cases, main, run_all
+from bench import check, loss_parity
+from bench.all import PROJECT, AllBench, Case, cpu_cases, gpu_cases, in_groups, main, run_all
 from bench.ops import __main__ as ops
 from bench.ops.cases import CASES
 from bench.parity import __main__ as parity
@@ -24,6 +26,7 @@ from bench.step import variants as step_variants
 from training.errors import UserError
 
 OPTIONS = {
+    "bench.check": check.CheckBench,
     "bench.step": step.StepBench,
     "bench.ops": ops.OpsBench,
     "bench.parity": parity.Parity,
@@ -33,9 +36,9 @@ OPTIONS = {
 CPU_VARIANTS = {"eager"}  # of bench.ops
 
 
-def python(statement, name, seconds=30):
+def python(statement, name, seconds=30, side_by_side=False):
     """A case that runs a statement."""
-    return Case(name, ("timeit", "-n", "1", "-r", "1", statement), seconds)
+    return Case(name, ("timeit", "-n", "1", "-r", "1", statement), seconds, side_by_side)
 
 
 GOOD = python("print('all is well')", "good")
@@ -124,10 +127,61 @@ command.run(AllBench, "", main)
 
 def test_what_is_run_on_a_gpu_comes_in_the_order_of_its_value():
     names = [case.name for case in gpu_cases()]
-    kinds = ["tests-rms_norm", "step-reference", "ops-rms_norm", "step-124m", "step-llama3.2-1b", "loss-parity"]
+    kinds = ["check", "tests-kernels", "step-reference", "ops-rms_norm", "step-124m", "step-llama3.2-1b", "loss-parity"]
     assert [name for name in names if name in kinds] == kinds
     assert len(set(names)) == len(names)
-    assert len([name for name in names if name.startswith("tests-")]) < names.index("step-350m")
+
+
+def test_the_first_four_minutes_are_checks_and_tests_side_by_side_and_the_step_by_itself():
+    first, second, *rest = in_groups(gpu_cases())
+    assert [case.name for case in first] == ["check", "compile-reference", "tests-kernels"]
+    assert [case.name for case in second] == ["step-reference"]
+    assert "--profile" in second[0].arguments
+    assert max(case.seconds for case in first) <= 150
+    assert all(case.name.startswith("tests-") for group in rest if len(group) > 1 for case in group)
+
+
+def test_what_is_only_compiled_leaves_no_figures(tmp_path):
+    (compiled,) = (case for case in gpu_cases() if case.name.startswith("compile-"))
+    assert "--json" not in compiled.command(tmp_path)
+
+
+def test_the_output_of_what_is_only_compiled_is_shown_where_it_failed(tmp_path, console):
+    quiet = [replace(case, json=False) for case in (GOOD, BAD)]
+    run_all(quiet, tmp_path, 60, console)
+    shown = console.file.getvalue()
+    assert "all is well" not in shown
+    assert "so far" in shown
+
+
+def test_cases_that_take_no_times_run_side_by_side(tmp_path, console):
+    for_the_other = """import os, time; open({mine!r}, "w"); end = time.time() + 20
+while not os.path.exists({other!r}): time.sleep(0.01); assert time.time() < end"""
+    marks = str(tmp_path / "a"), str(tmp_path / "b")
+    first, second = (
+        python(for_the_other.format(mine=mine, other=other), name, side_by_side=True)
+        for name, mine, other in (("first", *marks), ("second", *reversed(marks)))
+    )
+    hang = python("import time; time.sleep(60)", "hang", seconds=1, side_by_side=True)
+    result = run_all([hang, first, second, GOOD], tmp_path, 60, console)
+    assert statuses(result) == {"hang": "timed out", "first": "done", "second": "done", "good": "done"}
+
+
+def test_groups_keep_the_order():
+    cases = [python("1", name, side_by_side=together) for name, together in zip("abcde", (1, 1, 0, 0, 1), strict=True)]
+    assert [[case.name for case in group] for group in in_groups(cases)] == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_all_cases_compile_into_one_place_that_the_environment_may_name(tmp_path, console, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    for name in ("one", "two"):
+        show = "import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'], os.environ['TRITON_CACHE_DIR'])"
+        run_all([python(show, name)], tmp_path, 60, console)
+    places = [(tmp_path / f"{name}.log").read_text().splitlines()[0].split() for name in ("one", "two")]
+    assert places[0] == places[1]
+    assert places[0][0].startswith(tempfile.gettempdir())
+    assert places[0][1] == "/mine"
 
 
 @pytest.mark.parametrize("case", [*gpu_cases(), *cpu_cases()], ids=lambda case: case.name)
@@ -135,11 +189,11 @@ def test_every_command_line_is_one_that_its_program_takes(case):
     module, *arguments = case.arguments
     assert importlib.util.find_spec(module)
     if module in OPTIONS:
-        options = tyro.cli(OPTIONS[module], args=[*arguments, *case.command(PROJECT)[-2:]])
+        options = tyro.cli(OPTIONS[module], args=case.command(PROJECT)[3:])
         assert set(getattr(options, "variants", ())) <= {*step_variants.VARIANTS, *CPU_VARIANTS}
     else:
         assert module == "pytest"
-        assert all((PROJECT / argument).is_file() for argument in arguments if argument.startswith("tests/"))
+        assert all((PROJECT / argument).exists() for argument in arguments if argument.startswith("tests/"))
 
 
 def test_the_ops_that_have_kernels_are_all_measured():
@@ -202,6 +256,7 @@ def test_the_tiny_version_measures_and_then_has_nothing_left(tmp_path):
         assert run.stdout.endswith("left: nothing\n")
     assert sorted(path.name for path in Path(tmp_path).glob("*.json")) == [
         "all.json",
+        "check.json",
         "ops-smoke.json",
         "step-smoke.json",
     ]

@@ -9,7 +9,7 @@ from rich.console import Console
 from bench.measure import Timing, version
 from bench.step import __main__ as step
 from bench.step.__main__ import StepBench, measure
-from bench.step.variants import PER_OP, VARIANTS, make_step, selection, why_absent
+from bench.step.variants import PER_OP, VARIANTS, make_step, make_trainer, selection, why_absent
 from kernels import grammar
 from model import flops
 from training.config import TrainConfig
@@ -66,6 +66,7 @@ def test_variants_get_the_kernels_the_compilation_and_the_capture_that_they_are_
     every = set(grammar.SWITCHES)
     assert options("plain")[:2] == options("liger")[:2] == (set(), False)
     assert options("compiled")[:2] == options("liger-compiled")[:2] == options("unchunked")[:2] == (set(), True)
+    assert options("compiled-captured")[:2] == (set(), True)
     assert options("fused") == (every, True, True)
     assert options("fused-uncaptured") == (every, True, False)
     for op in every:
@@ -75,13 +76,29 @@ def test_variants_get_the_kernels_the_compilation_and_the_capture_that_they_are_
     assert set(PER_OP) <= set(VARIANTS)
 
 
+def test_the_twins_are_captured_where_they_are_asked_to_be_and_the_kernels_wherever_they_run(monkeypatch):
+    asked = {}
+
+    def trainer(model, config, world, capture):
+        asked[variant] = capture
+
+    monkeypatch.setattr("bench.step.variants.Trainer", trainer)
+    for variant in ("plain", "compiled", "compiled-captured", "fused-uncaptured"):
+        make_trainer(variant, TINY, CPU, torch.float32, compile=False)
+    assert asked == {"plain": None, "compiled": None, "compiled-captured": True, "fused-uncaptured": None}
+
+
+def test_a_cpu_captures_nothing_whatever_is_asked():
+    assert not make_trainer("compiled-captured", TINY, CPU, torch.float32, compile=False).captures
+
+
 def test_what_cannot_run_here_says_why(monkeypatch):
     monkeypatch.setattr("bench.step.variants.version", lambda package: None)
     gpu = torch.device("cuda")
     assert why_absent("liger", gpu) == "liger-kernel is not installed"
     assert why_absent("transformers", CPU) == "transformers is not installed"
-    assert why_absent("fused", CPU) == why_absent("only-rope", CPU) == "no GPU"
-    assert why_absent("fused", gpu) is why_absent("compiled", CPU) is None
+    assert why_absent("fused", CPU) == why_absent("only-rope", CPU) == why_absent("compiled-captured", CPU) == "no GPU"
+    assert why_absent("fused", gpu) is why_absent("compiled-captured", gpu) is why_absent("compiled", CPU) is None
 
 
 @pytest.mark.skipif(version("transformers") is None, reason="transformers is not installed")
@@ -121,6 +138,7 @@ def test_the_result_is_a_row_a_variant_on_the_terminal_and_in_the_file(tiny, con
     shown = console.file.getvalue()
     assert shown.count("no GPU here") == 1
     assert "reference: 2 x 2 x 16 tokens, float32" in shown
+    assert "tokens drawn by Zipf's law, " in shown
 
 
 def test_batch_and_micro_steps_are_the_options(tiny, console):
@@ -169,7 +187,9 @@ def test_ctrl_c_keeps_the_whole_turns_that_were_timed(tiny, console, monkeypatch
         take, calls = make(variant, *rest), iter(range(100))
 
         def call():
-            if variant == "compiled" and next(calls) == 3 + 1 + 2:  # first steps, warm-up, two turns
+            if (
+                variant == "compiled" and next(calls) == 3 + (1 + 3) + 1 + 2
+            ):  # first steps, by itself, warm-up, two turns
                 raise KeyboardInterrupt
             return take()
 
@@ -181,6 +201,58 @@ def test_ctrl_c_keeps_the_whole_turns_that_were_timed(tiny, console, monkeypatch
     rows = json.loads(path.read_text())["rows"]
     assert [(row["variant"], row["repeats"]) for row in rows] == [("plain", 2), ("compiled", 2)]
     assert "ms/step" in console.file.getvalue()
+
+
+def test_a_stop_keeps_the_variants_that_were_ready(tiny, console, monkeypatch, tmp_path):
+    path, make = tmp_path / "step.json", step.make_step
+
+    def make_or_stop(variant, *rest):
+        if variant == "compiled":
+            raise KeyboardInterrupt
+        return make(variant, *rest)
+
+    monkeypatch.setattr(step, "make_step", make_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure(StepBench(variants=["plain", "compiled"], repeats=50, json=str(path)), console)
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["variant"], row["repeats"], row["in_turn"]) == ("plain", step.FIRST_REPEATS, False)
+    assert "ms/step" in console.file.getvalue()
+
+
+def test_the_time_is_kept_before_the_profiler_runs(tiny, console, monkeypatch):
+    monkeypatch.setattr(step.profile, "profile", lambda call: {"busy_ms": 4.0})
+    rows, options = [], StepBench(profile=True, repeats=1)
+    micro_batches = step.tokens.draw(TINY)[0]
+
+    def keep(variant, row):
+        rows.append(row)
+
+    step._time_group(["plain"], TINY, options, CPU, torch.float32, micro_batches, keep, console)
+    assert [row.get("profile") for row in rows] == [None, {"busy_ms": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("ms", "name", "speeds"),
+    [
+        ({"compiled": 90.0, "compiled-captured": 60.0, "fused": 40.0}, "compiled-captured", [60 / 90, 1.0, 1.5]),
+        ({"compiled": 50.0, "compiled-captured": 60.0, "fused": 40.0}, "compiled", [1.0, 50 / 60, 1.25]),
+        ({"fused": 40.0, "compiled": 60.0}, "compiled", [1.5, 1.0]),
+        ({"fused": 40.0, "plain": 60.0}, "fused", [1.0, 40 / 60]),
+    ],
+)
+def test_speeds_are_against_the_faster_of_compiled_and_the_same_captured(ms, name, speeds):
+    rows = [{"variant": variant, "ms": x} for variant, x in ms.items()] + [{"variant": "liger", "failed": "no"}]
+    assert step.baseline(rows) == name
+    *timed, failed = step.against_baseline(rows)
+    assert [row["vs_best"] for row in timed] == pytest.approx(speeds)
+    assert "vs_best" not in failed
+
+
+def test_some_layers_of_a_preset_are_said(tiny, console, monkeypatch):
+    monkeypatch.setattr(step, "defaults", lambda preset: replace(TINY, n_layers=3))
+    result = measure(StepBench(variants=["plain"], repeats=1, n_layers=1), console)
+    assert (result["n_layers"], result["layers_of_preset"]) == (1, 3)
+    assert "reference with 1 of its 3 layers: 2 x 2 x 16" in console.file.getvalue()
 
 
 def test_what_is_missing_is_a_row_and_no_failure(tiny, console, monkeypatch):
@@ -203,7 +275,7 @@ def test_large_models_are_held_one_at_a_time_and_written_as_they_are_done(tiny, 
     )
     measure(StepBench(variants=["plain", "reference"], repeats=1, json=str(tmp_path / "step.json")), console)
     assert held == [["plain"], ["reference"]]
-    assert written == [1, 2]
+    assert written == [1, 2, 2]  # and once more with the clocks at the end
 
 
 @pytest.mark.parametrize(
@@ -215,12 +287,14 @@ def test_large_models_are_held_one_at_a_time_and_written_as_they_are_done(tiny, 
         ),
         (
             {"variants": ["fast"]},
-            "--variants is 'fast'; allowed: reference, reference-compiled, plain, compiled, fused",
+            "--variants is 'fast'; allowed: reference, reference-compiled, plain, compiled, compiled-captured, fused",
         ),
         ({"preset": "gpt2"}, "--preset is 'gpt2'; allowed: reference, smoke"),
         ({"repeats": 0}, "--repeats is 0; it must be at least 1"),
         ({"batch_size": -1}, "--batch-size is -1; it must be at least 0"),
+        ({"n_layers": -1}, "--n-layers is -1; it must be at least 0"),
         ({"device": "tpu"}, "--device is 'tpu'; allowed: auto, cpu, cuda"),
+        ({"profile": True, "device": "cpu"}, "--profile shows the kernels of a GPU, and this would run on cpu"),
     ],
 )
 def test_mistakes_in_the_options_are_named(console, options, message):

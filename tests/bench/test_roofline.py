@@ -123,13 +123,14 @@ def test_ceilings_are_those_given_else_the_best_measured_on_that_gpu_else_the_da
 
 
 def test_what_was_measured_of_this_step_on_this_gpu_stands_beside_it():
-    def step(ms, date="2026-01-02", device="NVIDIA H100 80GB HBM3", batch_size=128):
+    def step(ms, date="2026-01-02", device="NVIDIA H100 80GB HBM3", batch_size=128, **more):
         rows = [{"variant": "fused", "ms": ms, "mfu": 0.2}, {"variant": "plain", "failed": "out of memory"}]
         data = {"preset": "reference", "batch_size": batch_size, "micro_steps": 4, "dtype": "bfloat16"}
-        return result("step", device, date, deterministic=True, rows=rows, **data)
+        return result("step", device, date, deterministic=True, rows=rows, **data | more)
 
     reference = defaults("reference", "cpu")
     results = [step(40.0), step(38.0, "2026-02-01"), step(30.0, device="NVIDIA H200"), step(10.0, batch_size=32)]
+    results.append(step(5.0, "2026-03-01", n_layers=2))
     found = measured_steps(reference, H100, results)
     assert [(row["variant"], row["ms"], row["date"]) for row in found] == [("fused", 38.0, "2026-02-01")]
 

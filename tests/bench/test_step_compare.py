@@ -52,10 +52,13 @@ def test_variants_that_one_side_lacks_are_named_with_the_reason():
 def test_memory_and_what_else_differs_are_told():
     environment = result()["environment"] | {"torch": "2.14.0"}
     before = result(row("fused", 40, memory=2**30))
-    after = result(row("fused", 40, memory=2**29), deterministic=False, environment=environment)
+    after = result(
+        row("fused", 40, memory=2**29), deterministic=False, environment=environment, tokens={"source": "zipf"}
+    )
     found = compare(before, after)
     assert found["rows"][0]["memory_change"] == -(2**29)
-    assert found["differs"] == {"deterministic": [True, False], "torch": ["2.13.0", "2.14.0"]}
+    told = {"deterministic": [True, False], "tokens": ["uniform", "zipf"], "torch": ["2.13.0", "2.14.0"]}
+    assert found["differs"] == told
 
 
 def files(folder, *contents):
@@ -89,3 +92,10 @@ def test_files_that_cannot_be_compared_are_named(tmp_path, after, message):
         show(*files(tmp_path, result(), after), Console(file=io.StringIO()))
     with pytest.raises(UserError, match=r"nowhere.json can't be read"):
         show(str(tmp_path / "nowhere.json"), *files(tmp_path, result()), Console(file=io.StringIO()))
+
+
+def test_other_layers_are_other_work_where_both_say_how_many(tmp_path):
+    console = Console(file=io.StringIO())
+    show(*files(tmp_path, result(), result(n_layers=3)), console)
+    with pytest.raises(UserError, match=r"n_layers is 8 in .* and 3 in "):
+        show(*files(tmp_path, result(n_layers=8), result(n_layers=3)), console)

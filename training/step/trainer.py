@@ -37,7 +37,8 @@ class StepResult:
 class Trainer:
     """The model with its optimizer and loss scale: everything that a step changes."""
 
-    def __init__(self, model: Llama, config: TrainConfig, world: World):
+    def __init__(self, model: Llama, config: TrainConfig, world: World, *, capture: bool | None = None):
+        """`capture`, if given, decides in `config.capture`'s place, for plain PyTorch too."""
         self.model = model
         self.device = model.cos.device
         self.flat = FlatParameters(model)
@@ -45,7 +46,8 @@ class Trainer:
         self.loss_scale = LossScale(model.compute_dtype == torch.float16, self.device)
         self.grad_clip = config.grad_clip
         self.world = world
-        self.captures = config.capture and config.uses_triton() and self.device.type == "cuda" and world.size == 1
+        wanted = config.capture and config.uses_triton() if capture is None else capture
+        self.captures = wanted and self.device.type == "cuda" and world.size == 1
         self._stream = torch.cuda.Stream(self.device) if self.captures else None
         # One graph for all layers: compiled layer by layer, each distinct selection of kernels would be a graph of its own.
         self.loss_sum = (
