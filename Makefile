@@ -19,10 +19,11 @@ test: setup lint  ## lint, then every test but the slow ones
 test-slow: setup  ## the slow tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) -m slow
 
-lint: setup  ## ruff, and the floors that imports may not climb
+lint: setup  ## ruff, the floors that imports may not climb, mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
+	$(RUN) -m mypy
 
 format: setup  ## repair what ruff can repair
 	$(RUN) -m ruff check --fix .
@@ -44,4 +45,4 @@ lock: setup  ## write the versions that are installed now to requirements.lock
 	@mv requirements.lock.new requirements.lock
 
 clean:  ## delete .venv and the caches of the tools
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch._dynamo.config
@@ -95,7 +95,7 @@ def measure(options: StepBench, console: Console) -> dict:
     if device.type != "cuda":
         console.print("no GPU here: the CPU is timed, MFU is n/a, and nothing of this says how fast a GPU is")
 
-    result = {
+    result: dict[str, Any] = {
         "bench": "step",
         "preset": options.preset,
         "batch_size": config.batch_size,
