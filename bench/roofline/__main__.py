@@ -18,6 +18,7 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -79,7 +80,7 @@ def measure(options: Roofline, console: Console) -> dict:
     )
     config.check()
     results = archive.read()
-    result = {
+    result: dict[str, Any] = {
         "bench": "roofline",
         "preset": options.preset,
         "batch_size": config.batch_size,

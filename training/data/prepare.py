@@ -179,6 +179,9 @@ def _without_ctrl_c():
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
+_worker_tokenizer: Tokenizer  # of a process that encodes; there is none in this one
+
+
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
