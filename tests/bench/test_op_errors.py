@@ -103,7 +103,7 @@ def test_each_output_and_gradient_has_a_row(calls):
 def test_the_twin_itself_is_exactly_as_wrong_as_plain(calls):
     for call in calls:
         for row in measure_call(call, getattr(kernels.TORCH, call.op)):
-            exact = (call.op, row["pass"]) == ("embedding", "output")  # a row is a row
+            exact = call.op == "embedding"  # a row is a row, and here each token occurs once
             assert row["plain"] == 0 if exact else 0 < row["plain"] < FLOOR[torch.float32]
             assert (row["fused"], row["ratio"]) == (row["plain"], 1.0)
 
