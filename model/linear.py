@@ -58,6 +58,28 @@ class Linear(Weight):
         return linear(x, self.weight, self.compute_weight, self.gradient_sum)
 
 
+class Embedding(Weight):
+    """The matrix whose rows are looked up, and which a tied head reads as well.
+
+    Attributes:
+        looked_up_gradient_sum: the memory of `gradient_sum` as a tensor of another storage, for the look-up's gradient. The
+            head adds its own in the forward pass, the look-up in the backward pass: of one tensor that both change torch.compile
+            makes two copies a pass. No graph touches it through both.
+    """
+
+    looked_up_gradient_sum: Tensor | None = None
+
+    def bind(self, copy: Tensor | None, gradient_sum: Tensor) -> None:
+        """As `Weight.bind`."""
+        super().bind(copy, gradient_sum)
+        on_meta = gradient_sum.device.type == "meta"  # no memory to share
+        self.looked_up_gradient_sum = gradient_sum if on_meta else torch.from_dlpack(gradient_sum)
+
+    def __getstate__(self) -> dict:
+        """As `Weight.__getstate__`."""
+        return super().__getstate__() | {"looked_up_gradient_sum": None}
+
+
 def linear(x: Tensor, weight: Tensor, compute_weight: Tensor | None, gradient_sum: Tensor | None = None) -> Tensor:
     """`x @ weight.T`, computed with `compute_weight` where there is one; its gradient is then added to `gradient_sum`, if given."""
     if compute_weight is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels import Ops
 from model.config import LlamaConfig
-from model.linear import Linear, Weight, linear
+from model.linear import Embedding, Linear, Weight, linear
 from model.rope import rope_tables
 
 INIT_STD = 0.02
@@ -70,7 +70,7 @@ class Llama(nn.Module):
         self.compute_dtype = compute_dtype
         # The embedding is read row by row: it has a copy only where it is the head as well.
         copy_dtype = compute_dtype if config.tie_embeddings else torch.float32
-        self.embedding = Weight(config.vocab_size, config.dim, copy_dtype)
+        self.embedding = Embedding(config.vocab_size, config.dim, copy_dtype)
         self.head = None if config.tie_embeddings else Weight(config.vocab_size, config.dim, compute_dtype)
         self.layers = nn.ModuleList(Layer(config, compute_dtype) for _ in range(config.n_layers))
         self.final_norm = nn.Parameter(torch.ones(config.dim))
@@ -157,7 +157,7 @@ class Llama(nn.Module):
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         embedding = self.embedding
         residual = ops[-1].embedding(
-            tokens, embedding.weight, self.compute_dtype, embedding.compute_weight, embedding.gradient_sum
+            tokens, embedding.weight, self.compute_dtype, embedding.compute_weight, embedding.looked_up_gradient_sum
         )
         residual = self._dropout(residual)
         y = ops[0].rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)

@@ -51,7 +51,7 @@ def rows(call, fused):
 def test_every_call_is_recorded_under_the_name_of_its_norm(calls):
     assert [call.name for call in calls if call.place == 0] == NAMES
     assert [call.name for call in calls if call.place == 1] == NAMES
-    assert [call.name for call in calls if call.place == 2] == ["final_norm", "linear_cross_entropy"]
+    assert [call.name for call in calls if call.place == 2] == ["embedding", "final_norm", "linear_cross_entropy"]
     assert find(calls, 0, "attention_norm").op == "rms_norm"
     assert find(calls, 1, "attention_norm").op == find(calls, 2, "final_norm").op == "add_rms_norm"
     assert find(calls, 1, "ffn_norm").switch == "rms_norm"
@@ -106,7 +106,8 @@ def test_each_output_and_gradient_has_a_row(calls):
 def test_the_twin_itself_is_exactly_as_wrong_as_plain(calls):
     for call in calls:
         for row in measure_call(call, getattr(kernels.TORCH, call.op)):
-            is_copied = (call.op, row["tensor"]) == ("rope", "v")
+            # v of rope is a view, and a row of the embedding a row: here each token occurs once
+            is_copied = (call.op, row["tensor"]) == ("rope", "v") or call.op == "embedding"
             assert row["plain"] == 0 if is_copied else 0 < row["plain"] < FLOOR[torch.float32]
             assert (row["fused"], row["ratio"]) == (row["plain"], 1.0)
 

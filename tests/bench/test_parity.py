@@ -208,7 +208,7 @@ def test_the_map_has_a_row_for_each_tensor_of_each_call(options, console, tmp_pa
     assert json.loads((tmp_path / "parity.json").read_text()) == result
     calls = list(dict.fromkeys((row["layer"], row["call"]) for row in result["ops"]))
     layer = ["attention_norm", "rope", "attention", "ffn_norm", "swiglu"]
-    assert calls == [(i, call) for i in range(3) for call in layer] + [
+    assert calls == [("out", "embedding")] + [(i, call) for i in range(3) for call in layer] + [
         ("out", "final_norm"),
         ("out", "linear_cross_entropy"),
     ]

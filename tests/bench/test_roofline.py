@@ -191,7 +191,7 @@ def plain():
 
 
 def test_every_op_of_the_floor_is_counted_under_its_name(plain):
-    assert set(plain) == {*floor_tally(TINY), GLUE, ACCUMULATION}
+    assert set(plain) - {GLUE} == {*floor_tally(TINY), ACCUMULATION}
     assert all(tally.launches > 0 and tally.bytes > 0 for tally in plain.values())
 
 

@@ -102,6 +102,7 @@ def test_what_is_bound_does_not_travel_with_a_copy_of_the_model(copied):
     before = flat.gradients.clone()
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
+    assert other.embedding.looked_up_gradient_sum is None
     for weight in other.weights().values():
         assert weight.gradient_sum is None
         if weight.compute_weight is not None:  # its own, and no larger than it is
@@ -116,6 +117,13 @@ def test_what_is_bound_does_not_travel_with_a_copy_of_the_model(copied):
         for n, w in model.weights().items()
         if n in model.compute_copies()
     )
+
+
+def test_the_look_up_adds_to_the_same_memory_through_a_storage_of_its_own():
+    model, _, flat = make()
+    total, looked_up = model.embedding.gradient_sum, model.embedding.looked_up_gradient_sum
+    assert total.data_ptr() == looked_up.data_ptr() == flat.view(flat.gradients, "embedding.weight").data_ptr()
+    assert total.untyped_storage()._cdata != looked_up.untyped_storage()._cdata
 
 
 def test_no_shape_needs_memory():
