@@ -111,12 +111,9 @@ def measure(options: CheckBench, console: Console) -> dict:
     env = environment()
     console.print(f"{env['device']}, torch {env['torch']}, Triton {env['triton']}, {dtype}", highlight=False)
     if not with_kernels:
-        console.print(
-            "no GPU for the kernels: plain PyTorch is checked; TRITON_INTERPRET=1 runs them in the interpreter"
-        )
-    warnings.filterwarnings(
-        "ignore", category=RuntimeWarning, module="triton.runtime.interpreter"
-    )  # of exp(-inf) and such
+        console.print("no GPU for the kernels: PyTorch is checked; TRITON_INTERPRET=1 runs them in the interpreter")
+    # The interpreter computes in NumPy, which warns of overflows that are meant, as in the exponential of a masked score.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     result = {"bench": "check", "dtype": str(dtype).removeprefix("torch."), "rows": [], "environment": env}
     with torch._dynamo.config.patch(recompile_limit=64):  # each trainer is a graph of one and the same function
         for check in checks(device, dtype, with_kernels):
@@ -167,7 +164,8 @@ def checks(device: torch.device, dtype: torch.dtype, with_kernels: bool) -> Iter
             "plain, compiled": (("compiled-captured", {}), ("compiled", {})),
         }
         for name, (captured, uncaptured) in pairs.items():
-            yield Check(f"bits of a captured step: {name}", partial(same_bits, captured, uncaptured, device, dtype))
+            if with_kernels or not name.startswith("fused"):
+                yield Check(f"bits of a captured step: {name}", partial(same_bits, captured, uncaptured, device, dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------- products
