@@ -119,10 +119,12 @@ def _rotate_tile(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROTATE: tl.constexpr = True,
+    INTERLEAVE: tl.constexpr = False,
 ):
     """Rotate BLOCK_H heads from `first_head` at [BLOCK_T, 1, 1] positions by cos and sin [BLOCK_T, 1, BLOCK_D], or copy them.
 
-    They go where the same heads from `out_ptr` on lie among the OUT_HEADS of a position.
+    They go where the same heads from `out_ptr` on lie among the OUT_HEADS of a position; with INTERLEAVE the two halves of a pair
+    side by side.
     """
     HALF: tl.constexpr = WIDTH // 2
     head = first_head + tl.arange(0, BLOCK_H)[None, :, None]
@@ -135,8 +137,14 @@ def _rotate_tile(
     if ROTATE:
         x, y = low.to(tl.float32), high.to(tl.float32)
         low, high = x * cos - y * sin, y * cos + x * sin
-    tl.store(out_low_ptr, low.to(out_ptr.dtype.element_ty), mask)
-    tl.store(out_low_ptr + HALF, high.to(out_ptr.dtype.element_ty), mask)
+    if INTERLEAVE:
+        both = tl.arange(0, 2 * BLOCK_D)[None, None, :]
+        both_mask = (position < n_positions) & (head < HEADS) & (both < WIDTH)
+        pairs = tl.interleave(low, high).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (position * OUT_HEADS + head) * WIDTH + both, pairs, both_mask)
+    else:
+        tl.store(out_low_ptr, low.to(out_ptr.dtype.element_ty), mask)
+        tl.store(out_low_ptr + HALF, high.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -158,6 +166,7 @@ def _rope_forward_kernel(
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -177,10 +186,12 @@ def _rope_forward_kernel(
     # fmt: off
     if tile < N_Q_TILES:
         _rotate_tile(q_ptr, q_out_ptr, cos, sin, batch, time, position, n_positions, tile * BLOCK_H,
-                     q_stride_b, q_stride_t, q_stride_h, Q_HEADS, WIDTH, Q_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D)
+                     q_stride_b, q_stride_t, q_stride_h, Q_HEADS, WIDTH, Q_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D,
+                     INTERLEAVE=INTERLEAVE)
     else:
         _rotate_tile(k_ptr, k_out_ptr, cos, sin, batch, time, position, n_positions, (tile - N_Q_TILES) * BLOCK_H,
-                     k_stride_b, k_stride_t, k_stride_h, K_HEADS, WIDTH, K_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D)
+                     k_stride_b, k_stride_t, k_stride_h, K_HEADS, WIDTH, K_HEADS, ALIGNMENT, BLOCK_H, BLOCK_D,
+                     INTERLEAVE=INTERLEAVE)
     # fmt: on
 
 
@@ -252,7 +263,7 @@ def rope_launch(n_positions: int, q_heads: int, k_heads: int, width: int, target
     return Launch((ceil_div(n_positions, block_t) * n_tiles,), tiles, warps_for(block_t * block_h * block_d, 8, target))
 
 
-def _outputs(qkv, cos, sin, n_heads, n_kv_heads):
+def _outputs(qkv, cos, sin, n_heads, n_kv_heads, interleave):
     batch, time, packed = qkv.shape
     shapes = ((batch, time, heads, packed // (n_heads + 2 * n_kv_heads)) for heads in (n_heads, n_kv_heads))
     q, k = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for shape in shapes)
@@ -260,8 +271,11 @@ def _outputs(qkv, cos, sin, n_heads, n_kv_heads):
 
 
 @register_op(fake=_outputs)
-def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _outputs(qkv, cos, sin, n_heads, n_kv_heads)
+def _rope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, interleave: bool
+) -> tuple[Tensor, Tensor]:
+    """q' and k'; interleave: with the two halves of a pair side by side, as (x'[0], x'[D/2], x'[1], ...)."""
+    q_out, k_out = _outputs(qkv, cos, sin, n_heads, n_kv_heads, interleave)
     q, k, _ = _split(qkv, n_heads, n_kv_heads)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, time, q_heads, width = q.shape
@@ -282,6 +296,7 @@ def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) 
                 Q_HEADS=q_heads,
                 K_HEADS=k_heads,
                 WIDTH=width,
+                INTERLEAVE=interleave,
                 **launch.options,
             )
     return q_out, k_out
@@ -329,7 +344,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int):
         ctx.save_for_backward(cos, sin)
-        return *_rope(qkv, cos, sin, n_heads, n_kv_heads), _split(qkv, n_heads, n_kv_heads)[2]
+        return *_rope(qkv, cos, sin, n_heads, n_kv_heads, False), _split(qkv, n_heads, n_kv_heads)[2]
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):

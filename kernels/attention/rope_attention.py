@@ -8,6 +8,8 @@ keys are turned back by the programs that hold them, and stored where they belon
 So rope has no backward pass of its own: its 2 e N (H + 2 Hkv) D bytes, for N = B T positions of e bytes an element, are not
 read and written again. Saved: q', k', o and lse, and qkv for the values in it.
 
+In q' and k' the two halves of a pair lie side by side, (x'[0], x'[D/2], x'[1], ...): their products do not care for the order of
+their terms, and a thread then holds both halves in the accumulator of a gradient, so that turning it back takes no exchange.
 The rounding is that of the two ops apart: dq' and dk' to the dtype of qkv, then what they are turned to.
 """
 
@@ -26,7 +28,7 @@ class _RopeAttention(torch.autograd.Function):
     def forward(
         ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, first_key: Tensor | None
     ) -> Tensor:
-        q, k = _rope(qkv, cos, sin, n_heads, n_kv_heads)
+        q, k = _rope(qkv, cos, sin, n_heads, n_kv_heads, True)
         v = _split(qkv, n_heads, n_kv_heads)[2]
         o, lse = _attention(q, k, v, first_key)
         ctx.save_for_backward(qkv, q, k, o, lse, first_key, cos, sin)

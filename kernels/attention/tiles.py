@@ -256,25 +256,34 @@ def store_rows(ptr, rows, n_rows, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexp
 
 
 @triton.jit
-def store_rotated_back(ptr, rows, n_rows, x, cos_ptr, sin_ptr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store the tile x as `store_rows` does, turned back by the angles of its rows in tables of (T, HEAD_DIM / 2).
-
-    Both halves of a pair lie in one row, but not in one thread: so the tile is stored, and turned where it then is.
-    """
-    store_rows(ptr, rows, n_rows, x, STRIDE, HEAD_DIM)
-    tl.debug_barrier()  # every thread's part is stored before another one reads it
+def _store_columns_rotated_back(
+    ptr, rows, inside, x, cos_ptr, sin_ptr, START: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     HALF: tl.constexpr = HEAD_DIM // 2
-    BLOCK_HALF: tl.constexpr = triton.next_power_of_2(HALF)
-    cols = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = (rows[:, None] < n_rows) & (cols < HALF)
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    cols = START // 2 + tl.arange(0, PAIRS)[None, :]
+    mask = inside & (cols < HALF)
     table = rows.to(tl.int64)[:, None] * HALF + cols
     cos = tl.load(cos_ptr + table, mask, other=0.0)
     sin = -tl.load(sin_ptr + table, mask, other=0.0)
+    # Rounded before it is turned, as it is where rope is an op of its own. A thread holds both columns of a pair.
+    low, high = tl.split(tl.reshape(x.to(ptr.dtype.element_ty), [x.shape[0], PAIRS, 2]))
+    low, high = low.to(tl.float32), high.to(tl.float32)
     low_ptr = ptr + rows.to(tl.int64)[:, None] * STRIDE + cols
-    low = tl.load(low_ptr, mask, other=0.0).to(tl.float32)
-    high = tl.load(low_ptr + HALF, mask, other=0.0).to(tl.float32)
     tl.store(low_ptr, (low * cos - high * sin).to(ptr.dtype.element_ty), mask)
     tl.store(low_ptr + HALF, (high * cos + low * sin).to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def store_rotated_back(ptr, rows, n_rows, x, cos_ptr, sin_ptr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store the tile x, whose pairs are side by side, as the given rows of half-split pairs, turned back.
+
+    By the angles of the rows in tables of (T, HEAD_DIM / 2); but for rows past n_rows, and in the dtype of ptr.
+    """
+    inside = rows[:, None] < n_rows
+    _store_columns_rotated_back(ptr, rows, inside, x[0], cos_ptr, sin_ptr, 0, STRIDE, HEAD_DIM)
+    if len(x) == 2:
+        _store_columns_rotated_back(ptr, rows, inside, x[1], cos_ptr, sin_ptr, x[0].shape[1], STRIDE, HEAD_DIM)
 
 
 @triton.jit

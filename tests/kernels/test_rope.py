@@ -233,7 +233,7 @@ def test_inductor_compiles_it_into_one_graph(op, dynamic):
 
 def test_the_registered_ops_keep_pytorchs_rules():
     (qkv, cos, sin), upstream = case(2, 3, 4, 2, 8)
-    torch.library.opcheck(torch.ops.triton_llama.rope.default, (qkv.detach(), cos, sin, 4, 2))
+    torch.library.opcheck(torch.ops.triton_llama.rope.default, (qkv.detach(), cos, sin, 4, 2, False))
     torch.library.opcheck(torch.ops.triton_llama.rope_backward.default, (*kt.differentiable(*upstream), cos, sin))
 
 
