@@ -110,7 +110,7 @@ class _MixedLinear(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b (M, N) in float32 throughout, of half-precision a (M, K) and b (K, N)."""
+    """a @ b (M, N) in float32 throughout, of half-precision a (M, K) and b (K, N)."""
     if a.device.type == "cpu":  # only cuBLAS writes float32 from half-precision operands
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)

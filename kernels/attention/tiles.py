@@ -155,7 +155,7 @@ UPCAST_BFLOAT16 = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc=None):
-    """A @ b + acc in float32, a rounded to b's dtype; float32 operands are multiplied as IEEE float32, not as tf32."""
+    """a @ b + acc in float32, a rounded to b's dtype; float32 operands are multiplied as IEEE float32, not as tf32."""
     if UPCAST_BFLOAT16 and b.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -164,7 +164,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def dot_rows(a, b):
-    """A @ b^T of two tiles of rows, contracted over the head dim: [rows of a, rows of b]."""
+    """a @ b^T of two tiles of rows, contracted over the head dim: [rows of a, rows of b]."""
     product = dot(a[0], b[0].T)
     if len(a) == 2:
         product = dot(a[1], b[1].T, product)
@@ -173,7 +173,7 @@ def dot_rows(a, b):
 
 @triton.jit
 def add_weighted(acc, weights, rows):
-    """Acc + weights @ rows, contracted over the rows."""
+    """acc + weights @ rows, contracted over the rows."""
     first = dot(weights, rows[0], acc[0])
     if len(rows) == 2:
         return first, dot(weights, rows[1], acc[1])

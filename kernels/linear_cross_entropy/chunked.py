@@ -124,7 +124,7 @@ def _linear_cross_entropy_reduce_kernel(
 
 @triton.jit
 def _linear_cross_entropy_scale_kernel(x_ptr, y_ptr, upstream_ptr, factor_ptr, n_elements, BLOCK: tl.constexpr):
-    """Y = upstream · factor · x, of one element each; y may be x."""
+    """y = upstream · factor · x, of one element each; y may be x."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < n_elements
     x = tl.load(x_ptr + index, mask, other=0.0)
@@ -206,7 +206,7 @@ def _untraced(kernel, device: torch.device):
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """Out = a @ b, or out += a @ b. A float32 `out` of half-precision operands gets sums that were never rounded to theirs."""
+    """out = a @ b, or out += a @ b. A float32 `out` of half-precision operands gets sums that were never rounded to theirs."""
     out_dtype = {}
     if a.dtype != out.dtype and a.device.type != "cpu":
         out_dtype = {"out_dtype": out.dtype}

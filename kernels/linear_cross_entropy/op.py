@@ -136,7 +136,7 @@ class _LossHead(torch.autograd.Function):
 
 
 def _matmul_float32(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:
-    """A @ b without rounding the sums to half precision: cuBLAS can write float32, the CPU multiplies upcast operands."""
+    """a @ b without rounding the sums to half precision: cuBLAS can write float32, the CPU multiplies upcast operands."""
     if a.dtype == accumulate:
         return a @ b
     if a.device.type != "cpu":

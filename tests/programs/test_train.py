@@ -12,8 +12,7 @@ import torch
 import train
 from tests.support import run_testing
 from tests.support.run_testing import TINY, Result, arguments, finish, records, start, state, wait_until, write_text
-from training import evaluation
-from training import run_folder as checkpoint_folder
+from training import evaluation, run_folder
 from training.checkpoint import files as checkpoint
 from training.command_line import from_toml, parse
 from training.data.tokenizer import Tokenizer
@@ -255,7 +254,7 @@ def test_a_disk_too_full_for_the_configuration_is_reported(tmp_path, monkeypatch
         Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(ValueError, match=r"--out-dir .* cannot be written: No space left on device"):
-        checkpoint_folder.open_run(tmp_path, "", resume=False)
+        run_folder.open_run(tmp_path, "", resume=False)
 
 
 # ----------------------------------------------------------------------------------------------------- steps gone wrong

@@ -11,7 +11,7 @@ from training.log.metrics import read_metrics
 def draw_loss_curve(metrics_jsonl: str | Path, png: str | Path, *, log_x: bool = False) -> bool:
     """Draw the training loss of every step, raw and smoothed, and the validation losses; True if it drew anything.
 
-    metrics_jsonl: as `training.metrics.Metrics` writes it. Skipped steps and losses that are not finite are gaps. Where
+    metrics_jsonl: as `training.log.metrics.Metrics` writes it. Skipped steps and losses that are not finite are gaps. Where
     the file has no finite loss at all, no picture is made. log_x: steps on a logarithmic axis, which has no step 0.
     Raises UserError where the picture cannot be written.
     """

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward of the micro-steps, clip, update. Nothing in it waits for the device.
 
 What a step reads is copied into tensors that stay where they are, and what it writes stays too: parameters, gradients, moments,
-copies, scale and result. So the step can be captured as a CUDA graph (`training/capture.py`) and replayed. It is, on one GPU with
+copies, scale and result. So the step can be captured as a CUDA graph (capture.py) and replayed. It is, on one GPU with
 Triton kernels; plain PyTorch stays what its users run, and with many processes or on a CPU the same function runs as it is.
 """
 
