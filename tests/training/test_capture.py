@@ -209,7 +209,9 @@ def test_results_outlive_the_next_step():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_that_asks_the_gpu_goes_on_uncaptured(capsys):
+def test_a_step_that_asks_the_gpu_goes_on_uncaptured(capsys, determinism_put_back):
+    set_determinism(True)
+
     def run(asks):
         trainer = make_trainer(torch.bfloat16, "all", device="cuda", kernels="all")
         if asks:
