@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from training.config import from_toml
+from training.command_line import from_toml
 from training.errors import UserError
 from training.log.console import printable
 from training.stopping import exit_statuses
@@ -31,7 +31,7 @@ class GenerateConfig:
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
     seed: int = 1337
-    """Of the draw."""
+    """Seed of the random draws."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -67,7 +67,6 @@ def generate(config: GenerateConfig) -> str:
     run = from_toml(saved.config_toml, str(saved.path / "config.toml"))
     # Decoding uses the torch twins: a row of one token is no work for a kernel.
     run = replace(run, device=config.device, dtype=config.dtype, fused=False, kernels="", wandb_log=False)
-    run = replace(run, optimizer="adamw")  # nor is there an update
     run.check()
     device = resolve_device(run)
     with device:

@@ -99,10 +99,7 @@ def gpu_cases() -> list[Case]:
         Case("compile-reference", warm, 150, side_by_side=True, json=False),
         Case("tests-kernels", tests("-m", "not slow", *KERNEL_TESTS), 150, side_by_side=True),
         Case("step-reference", step("reference", "--profile"), 150),
-        *(
-            Case(f"ops-{op}", ("bench.ops", "--op", op), 600 if op == "attention" else 300)
-            for op in (*SWITCHES, "adamw")
-        ),
+        *(Case(f"ops-{op}", ("bench.ops", "--op", op), 600 if op == "attention" else 300) for op in SWITCHES),
         Case("step-124m", step("124m", *large, "--profile"), 300),
         Case("step-llama3.2-1b", step("llama3.2-1b", *large, "--profile"), 400),
         Case("parity-reference", ("bench.parity", "--preset", "reference", "--batch-size", "8", "--bisect"), 150),

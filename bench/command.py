@@ -9,8 +9,7 @@ import tyro
 from rich.console import Console
 
 from model.config import option
-from training.config import fail
-from training.errors import UserError
+from training.errors import UserError, fail
 
 
 def run(options_class: type, description: str, body: Callable[[Any, Console], object]) -> None:

@@ -31,7 +31,7 @@ from bench.measure import environment, write_json
 from model import Llama
 from training.config import TrainConfig, defaults
 from training.data.batches import Batch, Batches, prefetch
-from training.data.shards import prepare
+from training.data.prepare import prepare
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.distributed import World
 from training.step.schedule import learning_rate
@@ -92,12 +92,7 @@ def measure(options: LossParity, console: Console) -> dict:
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     dataset = prepare(config.data, vocab_size=config.vocab_size, data_dir=config.data_dir, progress=True)
-    batches = Batches(
-        dataset.train,
-        sequence_length=config.max_seq_len,
-        sequences_per_step=config.batch_size * config.gradient_accumulation_steps,
-        seed=config.seed,
-    )
+    batches = Batches.of_run(config, dataset.train, config.gradient_accumulation_steps)
 
     result = {
         "bench": "loss_parity",
@@ -144,11 +139,10 @@ def _train(
     if name.startswith("nudged"):
         nudge(model, int(name.removeprefix("nudged-")))
     trainer = Trainer(model, replace(config, kernels=spec), World())  # which captures steps where there are kernels
-    valid = batches.sequences_per_step * batches.sequence_length
+    valid = batches.tokens_per_step
 
     def load(step: int) -> list[Batch]:
-        starts = range(0, batches.sequences_per_step, config.batch_size)
-        return [batches.sequences(step, start, config.batch_size) for start in starts]
+        return batches.micro_batches(step, config.gradient_accumulation_steps)
 
     for step, micro_batches in enumerate(prefetch(load, 0, steps, device=device)):
         yield trainer.step(micro_batches, valid, learning_rate(config, step)).loss
@@ -158,7 +152,7 @@ def _train(
 def nudge(model: Llama, seed: int) -> None:
     """Change each parameter, relative to itself and at random, by up to half a unit in the last place of the compute dtype."""
     half_ulp = torch.finfo(model.compute_dtype).eps / 2
-    generator = torch.Generator(device=model.embedding.device).manual_seed(seed)
+    generator = torch.Generator(device=model.cos.device).manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.empty_like(parameter).uniform_(-half_ulp, half_ulp, generator=generator)
         parameter.mul_(1 + noise)

@@ -4,13 +4,15 @@
     item   := ("all" | "none" | SWITCH | "-" SWITCH) [ "@" place ]
     place  := LAYER | LAYER "-" LAYER | "out"
 
-A switch is a kernel file. Layer i holds its four ops and the norm that opens it; `out` holds the final norm and the loss
-head. An item without a place covers every place where its op occurs.
+A switch is a kernel file. Layer i holds its four ops and the norm that opens it; `out` holds the embedding, the final
+norm and the loss head. `adamw`, the update, is of the whole run and takes no place. An item without a place covers all that it
+can: every place where its op occurs, and for `all` and `none` the update too.
 """
 
 LAYER_SWITCHES = ("rms_norm", "rope", "swiglu", "attention")
-OUT_SWITCHES = ("rms_norm", "linear_cross_entropy")
-SWITCHES = (*LAYER_SWITCHES, "linear_cross_entropy")
+OUT_SWITCHES = ("embedding", "rms_norm", "linear_cross_entropy")
+RUN_SWITCHES = ("adamw",)
+SWITCHES = tuple(dict.fromkeys((*LAYER_SWITCHES, *OUT_SWITCHES, *RUN_SWITCHES)))
 
 
 def attention_serves(head_dim: int) -> bool:
@@ -24,34 +26,46 @@ def parse(spec: str, n_layers: int) -> list[frozenset[str]]:
     Raises ValueError, naming the item and what is allowed, for an unknown switch, a place that is out of range or reversed, an op
     named where it does not occur, and an empty item.
     """
-    occurs = [frozenset(LAYER_SWITCHES)] * n_layers + [frozenset(OUT_SWITCHES)]
-    chosen = [frozenset()] * (n_layers + 1)
+    return _chosen(spec, n_layers)[:-1]
+
+
+def of_run(spec: str, n_layers: int) -> frozenset[str]:
+    """Switches of the whole run that `spec` turns to Triton: `adamw`, or none. Raises ValueError as `parse` does."""
+    return _chosen(spec, n_layers)[-1]
+
+
+def _chosen(spec: str, n_layers: int) -> list[frozenset[str]]:
+    """What `parse` returns, and behind it what `of_run` does."""
+    occurs = [frozenset(LAYER_SWITCHES)] * n_layers + [frozenset(OUT_SWITCHES), frozenset(RUN_SWITCHES)]
+    chosen = [frozenset()] * len(occurs)
     for raw in spec.split(","):
         item = "".join(raw.split())
         if not item:
             raise ValueError(f"kernels {spec!r}: empty item; write one or more of {_allowed(n_layers)}")
         word, at, place = item.partition("@")
-        places = _places(item, place, n_layers) if at else range(n_layers + 1)
         on = not word.startswith("-")
         named = _named(item, word, n_layers)
+        if at and named <= frozenset(RUN_SWITCHES):
+            raise ValueError(
+                f"kernels item {item!r}: {word.lstrip('-')} is of the whole run and takes no place; write {word}"
+            )
+        covered = _places(item, place, n_layers) if at else range(len(occurs))
         if at and word not in ("all", "none"):
-            for i in places:
+            for i in covered:
                 if not named & occurs[i]:
                     here = "out" if i == n_layers else f"layer {i}"
                     has = ", ".join(sorted(occurs[i]))
                     raise ValueError(
                         f"kernels item {item!r}: {word.lstrip('-')} does not occur at {here}, which has {has}"
                     )
-        for i in places:
+        for i in covered:
             chosen[i] = chosen[i] | (named & occurs[i]) if on and word != "none" else chosen[i] - named
     return chosen
 
 
 def _named(item: str, word: str, n_layers: int) -> frozenset[str]:
     """Switches that one item speaks of."""
-    if word == "all":
-        return frozenset(SWITCHES)
-    if word == "none":
+    if word in ("all", "none"):
         return frozenset(SWITCHES)
     if word in ("-all", "-none"):
         raise ValueError(f"kernels item {item!r}: all and none take no -; to turn all off, write none")
@@ -81,5 +95,5 @@ def _allowed(n_layers: int) -> str:
     last = n_layers - 1
     return (
         f"all, none, {', '.join(SWITCHES)}, each switch also as -switch, "
-        f"each with an optional place @0 to @{last}, @0-{last} or @out"
+        f"each but {', '.join(RUN_SWITCHES)} with an optional place @0 to @{last}, @0-{last} or @out"
     )

@@ -6,7 +6,8 @@ Nothing here knows one op. An op file takes from here
 - `register_op`, `wrap_triton`: how a launcher becomes a PyTorch op that `torch.compile` takes into its graph;
 - `Target`, `target_of`, `Launch`: a launch is a value, chosen by a pure function of sizes and target;
 - `recorded`: runs launchers on the meta device for any target and lists what they would have launched;
-- `check_tensor`, `check_usable`: the `ValueError` of bad input, the `RuntimeError` where kernels cannot run.
+- `check_tensor`, `check_usable`, `check_first_derivative`: the `ValueError` of bad input, the `RuntimeError` where kernels cannot
+  run, or a gradient cannot be differentiated.
 """
 
 import contextlib
@@ -283,6 +284,16 @@ def check_tensor(
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wanted {' or '.join(map(str, dtypes))}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, wanted {device}, where the other arguments are")
+
+
+def check_first_derivative(op: str) -> None:
+    """Raise in a backward pass that is to be differentiated itself (`create_graph=True`): of a gradient without a formula.
+
+    At once, since `once_differentiable` only raises where the engine passes by, and `torch.autograd.grad` of a sum need not. Under
+    torch.compile there is nothing to ask: a compiled graph raises by itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op}: its gradient cannot be differentiated again (create_graph=True)")
 
 
 def check_usable(op: str, device: torch.device) -> None:

@@ -7,10 +7,27 @@ from torch import Tensor
 
 from kernels import grammar
 from kernels.attention.op import attention_torch, attention_triton
+from kernels.attention.rope_attention import rope_attention_triton
+from kernels.embedding import embedding_torch, embedding_triton
 from kernels.linear_cross_entropy.op import linear_cross_entropy_torch, linear_cross_entropy_triton
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
-from kernels.rope import rope_qkv_triton, rope_torch, rope_triton, split_qkv
+from kernels.rope import rope_torch, rope_triton
 from kernels.swiglu import swiglu_torch, swiglu_triton
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """`rope_attention` of two ops apart."""
+
+    rope: Callable
+    attention: Callable
+
+    def __call__(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, first_key: Tensor | None = None
+    ) -> Tensor:
+        """`rope`, then `attention`: o (B, T, H, D)."""
+        q, k, v = self.rope(qkv, cos, sin, n_heads, n_kv_heads)
+        return self.attention(q, k, v, first_key)
 
 
 @dataclass(frozen=True)
@@ -22,23 +39,24 @@ class Ops:
     rope: Callable
     swiglu: Callable
     attention: Callable
+    embedding: Callable
     linear_cross_entropy: Callable
+    rope_attention: Callable | None = None
+    """`rope`, then `attention`, of a packed qkv: what the model calls. Made of those two unless something else is given."""
 
-    def rope_qkv(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`rope` of the queries and keys in a packed qkv (B, T, (H + 2 Hkv) D); the values come as a view of it.
-
-        Triton's has a form of its own, which writes the packed gradient once.
-        """
-        if self.rope is rope_triton:
-            return rope_qkv_triton(qkv, cos, sin, n_heads, n_kv_heads)
-        q, k, v = split_qkv(qkv, n_heads, n_kv_heads)
-        return *self.rope(q, k, cos, sin), v
+    def __post_init__(self) -> None:
+        made_of_others = isinstance(self.rope_attention, InTurn) or self.rope_attention in FUSED.values()
+        if self.rope_attention is None or made_of_others:
+            parts = (self.rope, self.attention)
+            object.__setattr__(self, "rope_attention", FUSED.get(parts) or InTurn(*parts))
 
 
-# The fields of Ops that one switch turns.
-FIELDS = {switch: (switch,) for switch in grammar.SWITCHES} | {"rms_norm": ("rms_norm", "add_rms_norm")}
+FUSED = {(rope_triton, attention_triton): rope_attention_triton}
+"""Pairs of rope and attention that are one kernel where both are on."""
+
+# The fields of Ops that one switch turns. Those of the whole run (AdamW's) turn none.
+FIELDS = {switch: (switch,) for switch in (*grammar.LAYER_SWITCHES, *grammar.OUT_SWITCHES)}
+FIELDS |= {"rms_norm": ("rms_norm", "add_rms_norm")}
 
 
 TORCH = Ops(
@@ -47,6 +65,7 @@ TORCH = Ops(
     rope=rope_torch,
     swiglu=swiglu_torch,
     attention=attention_torch,
+    embedding=embedding_torch,
     linear_cross_entropy=linear_cross_entropy_torch,
 )
 
@@ -56,12 +75,13 @@ TRITON = Ops(
     rope=rope_triton,
     swiglu=swiglu_triton,
     attention=attention_triton,
+    embedding=embedding_triton,
     linear_cross_entropy=linear_cross_entropy_triton,
 )
 
 
 def select(spec: str, n_layers: int) -> list[Ops]:
-    """Ops of each layer, then those of the final norm and the loss head: `n_layers + 1` of them.
+    """Ops of each layer, then those of the embedding, the final norm and the loss head: `n_layers + 1` of them.
 
     spec: the grammar of `kernels.grammar`, e.g. `all,-rope@0-1`. What it does not turn to Triton stays torch.
     Places with equal selections share one Ops, so that compiled layers can share their code.

@@ -29,6 +29,8 @@ thousand rows, and Inductor folds the cast and the accumulation into `.grad` int
 Past 8192 columns a row no longer fits into registers: it is walked in blocks of columns, twice, the second time from the cache.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,8 +64,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: (..., D), weight: (D,) in x's dtype or float32. Returns y like x, contiguous. Raises ValueError on anything else.
     """
     _check("rms_norm", x, None, weight, REFERENCE_DTYPES)
-    exact = _exact(x)
-    return F.rms_norm(exact, weight.shape, weight.to(exact.dtype), eps).to(x.dtype).contiguous()
+    return _normalized(x, weight, eps).to(x.dtype).contiguous()
 
 
 def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -74,8 +75,14 @@ def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     """
     _check("add_rms_norm", x, residual, weight, REFERENCE_DTYPES)
     summed = (_exact(x) + residual).to(residual.dtype).contiguous()
-    exact = _exact(summed)
-    return F.rms_norm(exact, weight.shape, weight.to(exact.dtype), eps).to(x.dtype), summed
+    return _normalized(summed, weight, eps).to(x.dtype), summed
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    exact = _exact(x)
+    # A number, where Dynamo would trace a symbol: on a GPU torch 2.11 takes the symbol's address for the width.
+    width = operator.index(weight.shape[0])
+    return F.rms_norm(exact, [width], weight.to(exact.dtype), eps)
 
 
 def _exact(x: Tensor) -> Tensor:

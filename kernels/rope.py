@@ -1,27 +1,23 @@
 """Rotary position embedding of queries and keys (Su et al., 2021, arXiv:2104.09864), half-split as in Hugging Face.
 
-Forward, for each head and i < D/2, with the row of the tables that belongs to the position:
+It takes the packed product [queries, keys, values] as the model's one GEMM writes it. Forward, for each head of q and k and
+i < D/2, with the row of the tables that belongs to the position; v is not touched:
 
     x'[i]       = x[i] · cos[i] − x[i + D/2] · sin[i]
     x'[i + D/2] = x[i + D/2] · cos[i] + x[i] · sin[i]
 
-Backward: a rotation's transpose is the rotation back, so it is the forward with −sin; nothing is saved but the tables,
-which are constants and get no gradient. All arithmetic is float32, with one cast at the end.
+Backward: a rotation's transpose is the rotation back, so dq and dk are turned by −sin, and dv is copied beside them; nothing is
+saved but the tables, which are constants and get no gradient. All arithmetic is float32, with one cast at the end.
 
-Bytes for N = B · T positions in e bytes an element, forward or backward, each read and written once:
+Bytes for N = B · T positions in e bytes an element, each read and written once:
 
-    read            written         together
-    q, k            q', k'          2 e N (H + Hkv) D       and 4 T D for the tables
+               read             written     together
+    forward    q, k             q', k'      2 e N (H + Hkv) D       and 4 T D for the tables
+    backward   dq', dk', dv     dqkv        2 e N (H + 2 Hkv) D     and 4 T D for the tables
 
-One launch does q and k, read where they lie: slices of a packed qkv, whose heads are dense and whose positions are not.
-
-`rope_qkv` takes the packed product itself. Its forward is the same launch, v stays where it is; its backward takes in dq', dk'
-and dv and writes the packed gradient once:
-
-    read            written         together
-    dq', dk', dv    dqkv            2 e N (H + 2 Hkv) D
-
-where autograd, of q, k and v apart, would concatenate three gradients afterwards and so read and write them all again.
+The forward is one launch for q and k, read where they lie in qkv; v stays there, as a view. The backward is one launch that
+writes the packed gradient once: autograd, of q, k and v apart, would concatenate three gradients afterwards and so read and
+write them all again.
 """
 
 import torch
@@ -46,26 +42,23 @@ from kernels.launch import (
     wrap_triton,
 )
 
-# ------------------------------------------------------------------------------------------------------------ reference
+# ----------------------------------------------------------------------------------------------------------- torch twin
 
 
-def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate each position's queries and keys by the angles of its row of the tables.
+def rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the packed qkv, and rotate each position's queries and keys by the angles of its row of the tables.
 
-    q: (B, T, H, D), k: (B, T, Hkv, D), D even, cos and sin: (T, D/2), float32 (float64 beside float64 q and k).
-    Returns q' and k' like q and k, contiguous. Raises ValueError on anything else.
+    qkv: (B, T, (H + 2 Hkv) D), D even; cos and sin: (T, D/2), float32 (float64 beside a float64 qkv).
+    Returns q' (B, T, H, D) and k' (B, T, Hkv, D), contiguous, and v (B, T, Hkv, D), a view of qkv.
+    Raises ValueError on anything else.
     """
-    _check(q, k, cos, sin, REFERENCE_DTYPES)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    _check(qkv, cos, sin, n_heads, n_kv_heads, REFERENCE_DTYPES)
+    q, k, v = _split(qkv, n_heads, n_kv_heads)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
-def split_qkv(qkv: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, T, H, D), keys and values (B, T, Hkv, D) in a packed qkv (B, T, (H + 2 Hkv) D), as views."""
-    if qkv.dim() != 3 or qkv.shape[-1] % (n_heads + 2 * n_kv_heads):
-        raise ValueError(
-            f"rope_qkv: qkv has shape {tuple(qkv.shape)}, wanted (B, T, (H + 2 Hkv) D) with {n_heads} heads of queries and "
-            f"{n_kv_heads} of keys"
-        )
+def _split(qkv: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views of qkv, whatever its strides."""
     return qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).split((n_heads, n_kv_heads, n_kv_heads), dim=2)
 
 
@@ -75,17 +68,31 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    check_tensor("rope", "q", q, ("B", "T", "H", "D"), dtypes)
-    batch, time, _, width = q.shape
-    if width == 0 or width % 2:
-        raise ValueError(f"rope: q has shape {tuple(q.shape)}, wanted (B, T, H, D) with D even and at least 2")
-    check_tensor("rope", "k", k, (batch, time, "Hkv", width), (q.dtype,), q.device)
+def _check(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    dtypes: tuple[torch.dtype, ...],
+    op: str = "rope",
+) -> None:
+    check_tensor(op, "qkv", qkv, ("B", "T", "(H + 2 Hkv) D"), dtypes)
+    for name, heads in (("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
+        if heads < 1:
+            raise ValueError(f"{op}: {name} is {heads}, wanted at least 1")
+    time, heads = qkv.shape[1], n_heads + 2 * n_kv_heads
+    width = qkv.shape[2] // heads
+    if width * heads != qkv.shape[2] or width == 0 or width % 2:
+        raise ValueError(
+            f"{op}: qkv has shape {tuple(qkv.shape)}, wanted (B, T, ({n_heads} + 2 · {n_kv_heads}) D) with D even and at "
+            "least 2"
+        )
     for name, table in (("cos", cos), ("sin", sin)):
-        table_dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
-        check_tensor("rope", name, table, (time, width // 2), table_dtypes, q.device)
+        table_dtypes = (torch.float32, torch.float64) if qkv.dtype == torch.float64 else (torch.float32,)
+        check_tensor(op, name, table, (time, width // 2), table_dtypes, qkv.device)
         if table.requires_grad:
-            raise ValueError(f"rope: {name} requires a gradient, wanted a constant table")
+            raise ValueError(f"{op}: {name} requires a gradient, wanted a constant table")
 
 
 # --------------------------------------------------------------------------------------------------------------- kernel
@@ -133,7 +140,7 @@ def _rotate_tile(
 
 
 @triton.jit
-def _rope_kernel(
+def _rope_forward_kernel(
     q_ptr,
     k_ptr,
     cos_ptr,
@@ -151,7 +158,6 @@ def _rope_kernel(
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BACK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -168,8 +174,6 @@ def _rope_kernel(
     table_mask = (position < n_positions) & (cols < WIDTH // 2)
     cos = tl.load(cos_ptr + time * (WIDTH // 2) + cols, table_mask, other=0.0)
     sin = tl.load(sin_ptr + time * (WIDTH // 2) + cols, table_mask, other=0.0)
-    if BACK:
-        sin = -sin
     # fmt: off
     if tile < N_Q_TILES:
         _rotate_tile(q_ptr, q_out_ptr, cos, sin, batch, time, position, n_positions, tile * BLOCK_H,
@@ -181,7 +185,7 @@ def _rope_kernel(
 
 
 @triton.jit
-def _rope_qkv_backward_kernel(
+def _rope_backward_kernel(
     dq_ptr,
     dk_ptr,
     dv_ptr,
@@ -241,28 +245,31 @@ def _rope_qkv_backward_kernel(
 def rope_launch(n_positions: int, q_heads: int, k_heads: int, width: int, target: Target, v_heads: int = 0) -> Launch:
     """Tiles of about 1024 pairs: as many heads of one position as there are (of k, if fewer), then more positions."""
     block_d = next_power_of_2(width // 2)
-    heads = min(heads for heads in (q_heads, k_heads) if heads) if q_heads or k_heads else 1
-    block_h = max(1, min(next_power_of_2(heads), 1024 // block_d))
+    block_h = max(1, min(next_power_of_2(min(q_heads, k_heads)), 1024 // block_d))
     block_t = max(1, 1024 // (block_d * block_h))
     n_tiles = ceil_div(q_heads, block_h) + ceil_div(k_heads, block_h) + ceil_div(v_heads, block_h)
     tiles = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_D": block_d}
     return Launch((ceil_div(n_positions, block_t) * n_tiles,), tiles, warps_for(block_t * block_h * block_d, 8, target))
 
 
-def _outputs(q, k, cos, sin, back):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+def _outputs(qkv, cos, sin, n_heads, n_kv_heads):
+    batch, time, packed = qkv.shape
+    shapes = ((batch, time, heads, packed // (n_heads + 2 * n_kv_heads)) for heads in (n_heads, n_kv_heads))
+    q, k = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for shape in shapes)
+    return q, k
 
 
 @register_op(fake=_outputs)
-def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _outputs(q, k, cos, sin, back)
+def _rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _outputs(qkv, cos, sin, n_heads, n_kv_heads)
+    q, k, _ = _split(qkv, n_heads, n_kv_heads)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, time, q_heads, width = q.shape
     q_heads, k_heads, width = int(q_heads), int(k.shape[2]), int(width)
     launch = rope_launch(batch * time, q_heads, k_heads, width, target_of(q))
-    if batch * time * (q_heads + k_heads):
+    if batch * time:
         with device_of(q):
-            wrap_triton(_rope_kernel)[launch.grid](
+            wrap_triton(_rope_forward_kernel)[launch.grid](
                 q_ptr=q,
                 k_ptr=k,
                 cos_ptr=cos.contiguous(),
@@ -275,7 +282,6 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[T
                 Q_HEADS=q_heads,
                 K_HEADS=k_heads,
                 WIDTH=width,
-                BACK=back,
                 **launch.options,
             )
     return q_out, k_out
@@ -288,7 +294,7 @@ def _packed_gradient(dq, dk, dv, cos, sin):
 
 
 @register_op(fake=_packed_gradient)
-def _rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dqkv = _packed_gradient(dq, dk, dv, cos, sin)
     dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
     batch, time, q_heads, width = dq.shape
@@ -296,7 +302,7 @@ def _rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Ten
     launch = rope_launch(batch * time, q_heads, k_heads, width, target_of(dq), v_heads=k_heads)
     if batch * time:
         with device_of(dq):
-            wrap_triton(_rope_qkv_backward_kernel)[launch.grid](
+            wrap_triton(_rope_backward_kernel)[launch.grid](
                 dq_ptr=dq,
                 dk_ptr=dk,
                 dv_ptr=dv,
@@ -317,51 +323,36 @@ def _rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Ten
 # ------------------------------------------------------------------------------------------------------------- autograd
 
 
-def _save(ctx, inputs, output):
-    _, _, cos, sin, ctx.back = inputs
-    ctx.save_for_backward(cos, sin)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dq, dk):
-    want_dq = dq is not None and ctx.needs_input_grad[0]
-    want_dk = dk is not None and ctx.needs_input_grad[1]
-    if not (want_dq or want_dk):
-        return None, None, None, None, None
-    # What is not wanted goes in with no heads, and costs nothing.
-    dq, dk = _rope(dq if want_dq else dk[:, :, :0], dk if want_dk else dq[:, :, :0], *ctx.saved_tensors, not ctx.back)
-    return dq if want_dq else None, dk if want_dk else None, None, None, None
-
-
-_rope.register_autograd(_differentiate, setup_context=_save)
-
-
-def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope_torch` by a Triton kernel, but for float64."""
-    _check(q, k, cos, sin, KERNEL_DTYPES)
-    check_usable("rope", q.device)
-    return _rope(q, k, cos, sin, False)
-
-
-class _RopeQKV(torch.autograd.Function):
+class _Rope(torch.autograd.Function):
     """Of qkv as a whole, so that one gradient is written. Not an op of PyTorch's: one may not return a view of its input."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int):
         ctx.save_for_backward(cos, sin)
-        q, k, v = split_qkv(qkv, n_heads, n_kv_heads)
-        return *_rope(q, k, cos, sin, False), v
+        return *_rope(qkv, cos, sin, n_heads, n_kv_heads), _split(qkv, n_heads, n_kv_heads)[2]
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-        return _rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors).flatten(-2), None, None, None, None
+        # An output that nobody uses comes back as zeros.
+        return _rope_backward(dq, dk, dv, *ctx.saved_tensors).flatten(-2), None, None, None, None
 
 
-def rope_qkv_triton(
-    qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`rope_triton` of the queries and keys in a packed qkv (B, T, (H + 2 Hkv) D). Returns q', k' and the view v of it."""
-    q, k, _ = split_qkv(qkv, n_heads, n_kv_heads)
-    _check(q, k, cos, sin, KERNEL_DTYPES)
+def _save(ctx, inputs, output):
+    dq, dk, _, cos, sin = inputs
+    ctx.heads = dq.shape[2], dk.shape[2]
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx, upstream):
+    # What turns back is linear too, and its transpose turns forward again.
+    return *rope_triton(upstream.flatten(-2), *ctx.saved_tensors, *ctx.heads), None, None
+
+
+_rope_backward.register_autograd(_differentiate, setup_context=_save)
+
+
+def rope_triton(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope_torch` by Triton kernels, but for float64."""
+    _check(qkv, cos, sin, n_heads, n_kv_heads, KERNEL_DTYPES)
     check_usable("rope", qkv.device)
-    return _RopeQKV.apply(qkv, cos, sin, n_heads, n_kv_heads)
+    return _Rope.apply(qkv, cos, sin, n_heads, n_kv_heads)

@@ -59,7 +59,7 @@ def kernel_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activa
       embedding  gather: read and write M dim; backward: read M dim a, add to the rows of the float32 gradient
       linear     x, W, y forward; dy, W, dx and dy, x, dW (float32, accumulated: read and written) backward
       rms_norm   first: x, y | dy, x, dx;  add + norm: branch, residual, y, sum | dy, dsum, sum, dx (one gradient for both)
-      rope       q, k read and written, forward and backward
+      rope       q, k read and written forward; backward it is part of attention's, which writes dqkv
       swiglu     2F read, F written | F and 2F read, 2F written
       attention  q, k, v, o | q, k, v, o, do, dq, dk, dv, and the float32 log-sum-exp written and read
       loss head  a linear map, and between its products each chunk's logits are read and rewritten as their gradient
@@ -84,7 +84,7 @@ def kernel_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activa
         Cost("embedding", 0, tokens * dim * 3 * a + 2 * min(tokens, vocab) * dim * FLOAT32),
         *(cost for name, shape in linears.items() for cost in products("linear", name, *shape, layers)),
         Cost("rms_norm", 0, norms),
-        Cost("rope", 0, layers * tokens * (q + kv) * 4 * a),
+        Cost("rope", 0, layers * tokens * 2 * (q + kv) * a),
         Cost("swiglu", 0, layers * tokens * ffn * (3 + 5) * a),
         Cost("attention", 12 * layers * tokens * q * config.max_seq_len, layers * attention),
         *products("linear_cross_entropy", "products", dim, vocab, 1),

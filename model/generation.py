@@ -32,10 +32,10 @@ def decode(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
     assert stop <= cache.keys.shape[2], "the cache is full"
     cos, sin = model.cos[start:stop], model.sin[start:stop]
     eps = model.config.norm_eps
-    residual = F.embedding(tokens, model.embedding).to(model.compute_dtype)
+    residual = F.embedding(tokens, model.embedding.weight).to(model.compute_dtype)
     for i, layer in enumerate(model.layers):
         qkv = layer.wqkv(TORCH.rms_norm(residual, layer.attention_norm, eps))
-        q, k, v = TORCH.rope_qkv(qkv, cos, sin, layer.n_heads, layer.n_kv_heads)
+        q, k, v = TORCH.rope(qkv, cos, sin, layer.n_heads, layer.n_kv_heads)
         cache.keys[i, :, start:stop], cache.values[i, :, start:stop] = k, v
         q, k, v = (x.transpose(1, 2) for x in (q, cache.keys[i, :, :stop], cache.values[i, :, :stop]))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, enable_gqa=q.shape[1] != k.shape[1])
@@ -43,7 +43,7 @@ def decode(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
         residual = residual + layer.feed_forward(TORCH, TORCH.rms_norm(residual, layer.ffn_norm, eps))
     cache.length = stop
     last = TORCH.rms_norm(residual[:, -1], model.final_norm, eps)
-    return linear(last, model.head_weight, model.head_compute_weight).float()
+    return linear(last, model.output.weight, model.output.compute_weight).float()
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:

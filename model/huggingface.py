@@ -21,14 +21,14 @@ _LAYER = {
 
 def names(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     """For each parameter of `Llama`, the names of the tensors that it packs along its first dimension, in order."""
-    table = {"embedding": ("model.embed_tokens.weight",)}
+    table = {"embedding.weight": ("model.embed_tokens.weight",)}
     for i in range(config.n_layers):
         table |= {
             f"layers.{i}.{ours}": tuple(f"model.layers.{i}.{t}" for t in theirs) for ours, theirs in _LAYER.items()
         }
     table["final_norm"] = ("model.norm.weight",)
     if not config.tie_embeddings:
-        table["head"] = ("lm_head.weight",)
+        table["head.weight"] = ("lm_head.weight",)
     return table
 
 

@@ -12,23 +12,46 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import NAMESPACE
+from kernels.launch import NAMESPACE, check_first_derivative
 
 
-class Linear(nn.Module):
-    """A map (..., in) -> (..., out) without a bias.
+class Weight(nn.Module):
+    """A matrix of the model: a float32 parameter, and what belongs to it.
 
-    `weight` (out, in) is the float32 parameter. In half precision the forward pass reads `compute_weight`, a copy that
-    `Llama.refresh_compute_weights` writes; it is not saved with the model. `gradient_sum` (out, in), float32, takes the gradient
-    of the weight in autograd's stead where a trainer has set it (not in float32); autograd then gives the weight none.
+    Attributes:
+        weight: (out, in) float32, the parameter.
+        compute_weight: (out, in) in the compute dtype, what the forward pass reads: a copy that `Llama.refresh_compute_weights`
+            writes and that is not saved with the model. None in float32, and where the weight is read as it is.
+        gradient_sum: (out, in) float32, where a trainer sums the gradients of a step, `weight.grad`'s memory; what
+            computes the gradient may add it there in autograd's stead. None where there is no trainer.
     """
 
-    def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype):
+    def __init__(self, out_features: int, in_features: int, copy_dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        copy = None if compute_dtype == torch.float32 else torch.empty(out_features, in_features, dtype=compute_dtype)
+        copy = None if copy_dtype == torch.float32 else torch.empty(out_features, in_features, dtype=copy_dtype)
         self.register_buffer("compute_weight", copy, persistent=False)
         self.gradient_sum: Tensor | None = None
+
+    def bind(self, copy: Tensor | None, gradient_sum: Tensor) -> None:
+        """Let the copy live, and the gradients be summed, where these tensors are; copy is None where there is none."""
+        assert (copy is None) == (self.compute_weight is None)
+        self.compute_weight = copy
+        self.gradient_sum = gradient_sum
+
+    def __getstate__(self) -> dict:
+        """What a copy of the model is made from: what is bound is a trainer's, and stays with this one."""
+        state = self.__dict__ | {"gradient_sum": None}
+        if self.compute_weight is not None:
+            state["_buffers"] = self._buffers | {"compute_weight": self.compute_weight.clone()}
+        return state
+
+
+class Linear(Weight):
+    """A map (..., in) -> (..., out) without a bias. In half precision its gradient goes to `gradient_sum`, if that is bound."""
+
+    def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype):
+        super().__init__(out_features, in_features, compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) of the compute dtype to (..., out)."""
@@ -51,6 +74,7 @@ class _MixedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        check_first_derivative("linear")  # compute_weight is not the parameter
         x, compute_weight = ctx.saved_tensors
         dx = dy @ compute_weight if ctx.needs_input_grad[0] else None
         dw = None

@@ -3,7 +3,7 @@
 The residual stream r is in the compute dtype. Each norm but the first takes in the branch before it, in one op:
 
     r = embedding(tokens)                        y = rms_norm(r)
-    layer:  a = attention(rope(split(wqkv y)))   y, r = add_rms_norm(wo a, r)
+    layer:  a = attention(rope(wqkv y))          y, r = add_rms_norm(wo a, r)
             f = swiglu(w_gate_up y)              y, r = add_rms_norm(w_down f, r)     (of the next layer, or the final norm)
     loss = linear_cross_entropy(y, head)
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels import Ops
 from model.config import LlamaConfig
-from model.linear import Linear, linear
+from model.linear import Linear, Weight, linear
 from model.rope import rope_tables
 
 INIT_STD = 0.02
@@ -38,8 +38,8 @@ class Layer(nn.Module):
 
     def attend(self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None) -> Tensor:
         """The attention branch, (B, T, dim) -> (B, T, dim)."""
-        q, k, v = ops.rope_qkv(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads)
-        return self.wo(ops.attention(q, k, v, first_key).flatten(-2))
+        o = ops.rope_attention(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads, first_key)
+        return self.wo(o.flatten(-2))
 
     def feed_forward(self, ops: Ops, y: Tensor) -> Tensor:
         """The SwiGLU branch, (B, T, dim) -> (B, T, dim)."""
@@ -49,7 +49,8 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """The model. Parameters are float32; activations and the copies of the weights they meet are `compute_dtype`.
 
-    config: its shape. ops: `n_layers + 1` of them, from `kernels.select`; the last is for the final norm and the loss head.
+    config: its shape. ops: `n_layers + 1` of them, from `kernels.select`; the last is for the embedding, the final norm and the
+    loss head.
     After anything but the forward pass has written parameters (an optimizer, a checkpoint), call `refresh_compute_weights`.
     """
 
@@ -67,14 +68,14 @@ class Llama(nn.Module):
         self.config = config
         self.ops = tuple(ops)
         self.compute_dtype = compute_dtype
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        # The embedding is read row by row: it has a copy only where it is the head as well.
+        copy_dtype = compute_dtype if config.tie_embeddings else torch.float32
+        self.embedding = Weight(config.vocab_size, config.dim, copy_dtype)
+        self.head = None if config.tie_embeddings else Weight(config.vocab_size, config.dim, compute_dtype)
         self.layers = nn.ModuleList(Layer(config, compute_dtype) for _ in range(config.n_layers))
         self.final_norm = nn.Parameter(torch.ones(config.dim))
-        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        head_copy = None if compute_dtype == torch.float32 else torch.empty_like(self.head_weight, dtype=compute_dtype)
-        self.register_buffer("head_compute_weight", head_copy, persistent=False)
         cos, sin = rope_tables(config)
-        device = self.embedding.device  # the meta device included, where a 405B model is counted
+        device = self.embedding.weight.device  # the meta device included, where a 405B model is counted
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
         self.reset_parameters()
@@ -92,20 +93,14 @@ class Llama(nn.Module):
                 )
         self.refresh_compute_weights()
 
+    def weights(self) -> dict[str, Weight]:
+        """The matrices by the names of their parameters."""
+        return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Weight)}
+
     def compute_copies(self) -> dict[str, Tensor]:
         """The compute-dtype copies by the name of the parameter that each is of; none in float32."""
-        if self.compute_dtype == torch.float32:
-            return {}
-        maps = {f"{name}.weight": m.compute_weight for name, m in self.named_modules() if isinstance(m, Linear)}
-        return maps | {"embedding" if self.head is None else "head": self.head_compute_weight}
-
-    def set_compute_copies(self, copies: dict[str, Tensor]) -> None:
-        """Let each copy live where these tensors are, under the names of `compute_copies`."""
-        for name, copy in copies.items():
-            if name in ("embedding", "head"):
-                self.head_compute_weight = copy
-            else:
-                self.get_submodule(name.removesuffix(".weight")).compute_weight = copy
+        copies = {name: weight.compute_weight for name, weight in self.weights().items()}
+        return {name: copy for name, copy in copies.items() if copy is not None}
 
     @torch.no_grad()
     def refresh_compute_weights(self) -> None:
@@ -115,29 +110,42 @@ class Llama(nn.Module):
             torch._foreach_copy_(list(copies.values()), [self.get_parameter(name) for name in copies])
 
     @property
-    def head_weight(self) -> Tensor:
-        """The (vocab_size, dim) float32 weight of the output head: the embedding where they are tied."""
+    def output(self) -> Weight:
+        """The (vocab_size, dim) matrix of the output head: the embedding where they are tied."""
         return self.embedding if self.head is None else self.head
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, first_key: Tensor | None = None, reduction: str = "mean"
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        first_key: Tensor | None = None,
+        reduction: str = "mean",
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Loss if targets are given, else logits.
 
         tokens: (B, T) int64, T at most max_seq_len. targets: (B, T) int64, -100 where a position does not count.
         first_key: (B, T) int32, the first token each token may see (packed documents, windows); None: all before it.
-        reduction: "mean" over targets that count, or "sum". Returns a 0-d float32 loss in nats, or logits (B, T, V) float32.
+        reduction: "mean" over targets that count, or "sum". scale: 0-d float32, the very tensor with which the loss's `backward`
+        will be called, once, where that is known by now: the loss head then scales its gradients where they are made.
+        Returns a 0-d float32 loss in nats, or logits (B, T, V) float32.
         """
-        hidden = self.hidden(tokens, first_key)
+        hidden, head = self.hidden(tokens, first_key), self.output
         if targets is None:
-            return linear(hidden, self.head_weight, self.head_compute_weight).float()
+            return linear(hidden, head.weight, head.compute_weight).float()
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"Llama: targets has shape {tuple(targets.shape)}, tokens has {tuple(tokens.shape)}; they must be equal"
             )
-        loss_head = self.ops[-1].linear_cross_entropy
-        copy = {} if self.head_compute_weight is None else {"compute_weight": self.head_compute_weight}
-        return loss_head(hidden.flatten(0, 1), self.head_weight, targets.flatten(), reduction=reduction, **copy)
+        return self.ops[-1].linear_cross_entropy(
+            hidden.flatten(0, 1),
+            head.weight,
+            targets.flatten(),
+            reduction=reduction,
+            compute_weight=head.compute_weight,
+            gradient_sum=head.gradient_sum,
+            scale=scale,
+        )
 
     def hidden(self, tokens: Tensor, first_key: Tensor | None = None) -> Tensor:
         """The final norm's output (B, T, dim), which the output head reads."""
@@ -147,13 +155,17 @@ class Llama(nn.Module):
                 f"Llama: tokens has shape {tuple(tokens.shape)}, wanted (B, T) with T at most {config.max_seq_len}"
             )
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
-        residual = self._dropout(F.embedding(tokens, self.embedding).to(self.compute_dtype))
+        embedding = self.embedding
+        residual = ops[-1].embedding(
+            tokens, embedding.weight, self.compute_dtype, embedding.compute_weight, embedding.gradient_sum
+        )
+        residual = self._dropout(residual)
         y = ops[0].rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             branch = self._dropout(layer.attend(ops[i], y, cos, sin, first_key))
             y, residual = ops[i].add_rms_norm(branch, residual, layer.ffn_norm, config.norm_eps)
-            # The norm that takes in this layer's output opens the next one, and is of its ops.
+            # Added by the norm that opens the next layer (after the last one, the final norm), so with that one's ops.
             branch = self._dropout(layer.feed_forward(ops[i], y))
             y, residual = ops[i + 1].add_rms_norm(branch, residual, next_norm, config.norm_eps)
         return y

@@ -1,31 +1,23 @@
-"""Every option of a run: one dataclass, from which the parser and its help come (tyro). Imports neither torch nor triton.
+"""Every option of a run and what it may be: one dataclass, from which the parser and its help come (training/command_line.py).
 
-Defaults come from the preset, then from the run being resumed, then from a TOML file (`--config FILE`); the command line wins.
+Imports neither torch nor triton, so that options are refused at once.
 """
 
-import argparse
-import difflib
 import importlib.util
 import math
 import os
 import re
-import sys
-import tomllib
-import typing
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-import tomli_w
 import tyro
 
 from kernels import grammar
 from model.config import PRESETS as SHAPES
 from model.config import LlamaConfig, option
-from training import run_folder as checkpoint_folder
 from training.errors import UserError
 
-# What a preset says of the run, beside the shape it names in model/config.py.
+# What a preset sets beside the shape of the model, which is in model/config.py.
 RUNS: dict[str, dict] = {
     "smoke": {
         "batch_size": 32,
@@ -47,7 +39,7 @@ RUNS: dict[str, dict] = {
 }
 
 
-# What number options must be at least.
+# The least that a number option may be.
 AT_LEAST = {
     1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints max_skipped_steps",
     0: "warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
@@ -115,7 +107,7 @@ class TrainConfig(LlamaConfig):
     warmup_iters: int = 1000
     """Steps of linear warm-up."""
     decay_lr: bool = True
-    """Whether the learning rate follows the schedule; else it is learning_rate throughout."""
+    """Let the learning rate follow the schedule; without it, it is learning_rate throughout."""
     packed_documents: bool = False
     """Mask attention across document boundaries: a token sees its own document only."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -133,7 +125,7 @@ class TrainConfig(LlamaConfig):
     max_skipped_steps: int = 20
     """Updates in a row that may be skipped for a loss or gradient that is not finite before the run stops."""
     seed: int = 1337
-    """Of the initial weights, the order of the data and dropout."""
+    """Seed of the initial weights, the order of the data and dropout."""
 
     # How it is computed
     device: str = "auto"
@@ -143,11 +135,11 @@ class TrainConfig(LlamaConfig):
     compile: bool = False
     """torch.compile the model; on by default where there is a GPU."""
     fused: bool = False
-    """Every Triton kernel of the model: short for --kernels all. AdamW's is --optimizer fused-adamw."""
+    """The whole fast path: every Triton kernel, and each step one CUDA graph. Where no kernel can run, plain PyTorch does."""
     kernels: str = ""
-    """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,rms_norm@out; empty: plain PyTorch."""
-    optimizer: Literal["adamw", "fused-adamw"] = "adamw"
-    """torch's AdamW, or the same in one pass of a Triton kernel over all parameters. A run may change it when resumed."""
+    """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,adamw; empty: plain PyTorch. Wins over --fused."""
+    optimizer: Literal["adamw"] = "adamw"
+    """The method. Its Triton kernel is the switch adamw of --kernels."""
     capture: bool = True
     """With Triton kernels on a single GPU: run each step as one CUDA graph."""
     deterministic: bool = True
@@ -170,6 +162,18 @@ class TrainConfig(LlamaConfig):
         """The kernel selection that --fused and --kernels make together."""
         return ",".join(part for part in ("all" if self.fused else "", self.kernels) if part) or "none"
 
+    def switches(self) -> frozenset[str]:
+        """Switches that are on in some place, or of the run. ValueError for a selection that is none."""
+        return _on(self.kernel_spec, self.n_layers)
+
+    def uses_triton(self) -> bool:
+        """Whether any layer or the optimizer is given a Triton kernel. ValueError for a selection that is none."""
+        return bool(self.switches())
+
+    def insists_on_kernels(self) -> bool:
+        """Whether --kernels names one to turn on: the run is then refused where none can run. What --fused adds is a wish."""
+        return bool(_on(self.kernels or "none", self.n_layers))
+
     def shape(self) -> LlamaConfig:
         """The model's part."""
         return LlamaConfig(**{f.name: getattr(self, f.name) for f in fields(LlamaConfig)})
@@ -181,7 +185,7 @@ class TrainConfig(LlamaConfig):
         except ValueError as error:
             raise UserError(error) from None
         try:
-            uses_triton = self.uses_triton()
+            switches = self.switches()
         except ValueError as error:
             raise UserError(f"--kernels: {error}") from None
         for field in fields(self):
@@ -209,33 +213,47 @@ class TrainConfig(LlamaConfig):
             raise UserError(f"--device is {self.device!r}; allowed: auto, cpu, cuda, cuda:N")
         if self.wandb_log and importlib.util.find_spec("wandb") is None:
             raise UserError("--wandb-log: wandb is not installed; pip install wandb, or leave the option off")
-        if "attention" in self._switches() and not grammar.attention_serves(self.head_dim):
+        if "attention" in switches and not grammar.attention_serves(self.head_dim):
             raise UserError(
                 f"--dim {self.dim} over --n-heads {self.n_heads} makes heads of {self.head_dim}; the attention kernel takes "
                 "multiples of 4 from 16 to 256. Choose others, or leave it out: end --kernels with -attention"
             )
-        if uses_triton and not interpreting() and (self.device == "cpu" or not gpu_visible()):
-            raise no_gpu_for_kernels(self)
-
-    def uses_triton(self) -> bool:
-        """Whether any layer or the optimizer runs a Triton kernel. ValueError for a selection that is none."""
-        return bool(self._switches()) or self.optimizer == "fused-adamw"
-
-    def _switches(self) -> frozenset[str]:
-        """Switches that are on in some place."""
-        return frozenset().union(*grammar.parse(self.kernel_spec, self.n_layers))
+        reason = why_no_kernels(self, gpu_visible())
+        if reason and self.insists_on_kernels():
+            raise kernels_refused(self, reason)
 
 
-def no_gpu_for_kernels(config: TrainConfig) -> UserError:
-    """What to say where Triton kernels are asked for and no GPU can run them: the two ways on."""
-    layers = "--fused" if config.fused else f"--kernels {config.kernels}"
-    asked = [layers] * bool(config._switches()) + ["--optimizer fused-adamw"] * (config.optimizer == "fused-adamw")
-    run = " and ".join(asked) + (" run" if asked[1:] else " runs")
-    where = "--device is cpu" if config.device == "cpu" else "no GPU was found"
+def _on(spec: str, n_layers: int) -> frozenset[str]:
+    """Switches that a selection turns on anywhere."""
+    return frozenset().union(*grammar.parse(spec, n_layers), grammar.of_run(spec, n_layers))
+
+
+# Which kernels can run is asked twice: of the system while the options are read, and of torch once that is imported.
+
+NO_TRITON = "Triton is not installed"
+
+
+def why_no_kernels(config: TrainConfig, has_gpu: bool) -> str:
+    """Why no Triton kernel can run here; empty where they can: on a GPU, or in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return NO_TRITON
+    if (has_gpu and config.device != "cpu") or interpreting():
+        return ""
+    return "--device is cpu" if config.device == "cpu" else "no GPU was found"
+
+
+def other_way(reason: str) -> str:
+    """What runs the kernels where, for this reason, they can't."""
+    if reason == NO_TRITON:
+        return "install Triton, which exists for Linux"
+    return "set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow, for checking)"
+
+
+def kernels_refused(config: TrainConfig, reason: str) -> UserError:
+    """What to say where --kernels asks for kernels and, for this reason, none can run: the two ways on."""
     return UserError(
-        f"{run} Triton kernels, which need a GPU, and {where}. Leave it off for plain PyTorch "
-        "(--kernels none, --optimizer adamw), or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter "
-        "(slow, for checking)"
+        f"--kernels {config.kernels} asks for Triton kernels, and {reason}. Leave it off for plain PyTorch (--kernels none), "
+        f"or {other_way(reason)}"
     )
 
 
@@ -251,133 +269,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration that a command line asks for, checked.
-
-    Raises UserError for an unknown option and a mistake in a value or in a file of defaults, and SystemExit as tyro does:
-    status 0 after --help, 2 for a value of another type.
-    """
-    arguments = _joined(arguments)
-    early = _read_ahead(arguments)
-    file = _read_toml(Path(early["config"]), "--config") if "config" in early else {}
-    asked = file | early
-    preset = asked.get("preset")
-    base = defaults(preset or "reference", asked.get("device", "auto"))
-    if asked.get("init_from") == "resume" and not {"-h", "--help"} & set(arguments):
-        base = _resumed(base, asked.get("out_dir", base.out_dir), preset)
-    base = replace(base, **file)
-    config, unknown = tyro.cli(
-        TrainConfig, args=arguments, default=base, description=TrainConfig.__doc__, return_unknown_args=True
-    )
-    if unknown:
-        if not unknown[0].startswith("-"):
-            raise UserError(f"unexpected {unknown[0]!r}; options are --name value, and switches --name or --no-name")
-        raise UserError(_unknown_option(unknown[0].partition("=")[0], [option(name) for name in _spellings()]))
-    config.check()
-    return config
-
-
-def _joined(arguments: list[str]) -> list[str]:
-    """`--kernels -rope` as one word: a parser takes a word that begins with a dash for an option."""
-    joined: list[str] = []
-    for word in arguments:
-        switch = re.match(r"-([a-z_]+)", word)
-        if joined and joined[-1] == "--kernels" and switch and switch[1] in grammar.SWITCHES:
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
-def _read_ahead(arguments: list[str]) -> dict[str, str]:
-    """The options that decide the defaults of the others, read before the parser proper, which says what is wrong with them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "out_dir", "init_from", "device"):
-        parser.add_argument(option(name), f"--{name}", dest=name, default=argparse.SUPPRESS)
-    try:
-        return vars(parser.parse_known_args(arguments)[0])
-    except argparse.ArgumentError:
-        return {}
-
-
-def _resumed(base: TrainConfig, out_dir: str, preset: str | None) -> TrainConfig:
-    """The configuration of the run in `out_dir`, under the preset's where the command line or the file names another."""
-    try:
-        path = checkpoint_folder.find(out_dir) / "config.toml"
-    except UserError as error:
-        raise UserError(f"--init-from resume: {error}") from None
-    saved = replace(base, **_read_toml(path, "--init-from resume"))
-    if preset not in (None, saved.preset):
-        saved = replace(saved, **_preset_options(preset))
-    # What was said of that call, not of the run; and the folder may have been moved since.
-    return replace(saved, config="", eval_only=False, profile=False, init_from="resume", out_dir=out_dir)
-
-
 def defaults(preset: str, device: str = "auto") -> TrainConfig:
-    """The configuration of a preset as it is when nothing else is said. UserError, listing the presets, for an unknown one."""
-    return TrainConfig(**_preset_options(preset), compile=device != "cpu" and gpu_visible())
+    """The configuration of a preset as it is when nothing else is said. UserError as `preset_options`."""
+    return TrainConfig(**preset_options(preset), compile=device != "cpu" and gpu_visible())
 
 
-def _preset_options(preset: str) -> dict:
+def preset_options(preset: str) -> dict:
+    """What a preset says of shape and run, by option. UserError, listing the presets, for an unknown one."""
     if preset not in SHAPES:
         raise UserError(f"--preset is {preset!r}; allowed: {', '.join(SHAPES)}")
     return {"preset": preset} | SHAPES[preset] | RUNS.get(preset, {})
-
-
-def to_toml(config: TrainConfig) -> str:
-    """The merged configuration as a file that --config reads."""
-    return tomli_w.dumps(asdict(config))
-
-
-def from_toml(text: str, name: str) -> TrainConfig:
-    """A configuration that `to_toml` wrote; name: of the file, for errors."""
-    return TrainConfig(**_options(tomllib.loads(text), name))
-
-
-def _read_toml(path: Path, source: str) -> dict:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{source}: {path} could not be read: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise UserError(f"{source}: {path} is not a TOML file: {error}") from None
-    return _options(table, str(path))
-
-
-def _options(table: dict, path: str) -> dict:
-    """Checks keys and types of a table of options; keys may be spelled with dashes. The alias n_group is understood."""
-    types, options = typing.get_type_hints(TrainConfig), {}
-    for key, value in table.items():
-        spelling = key.replace("-", "_")
-        if spelling not in _spellings():
-            raise UserError(f"{path}: {_unknown_option(key, list(_spellings()))}")
-        name = _spellings()[spelling]
-        if name in options:
-            raise UserError(f"{path}: {key} is there twice, in two spellings")
-        wanted = types[name]
-        if typing.get_origin(wanted) is Literal:
-            if value not in typing.get_args(wanted):
-                raise UserError(f"{path}: {key} is {value!r}; allowed: {', '.join(typing.get_args(wanted))}")
-        else:
-            if wanted is float and type(value) is int:
-                value = float(value)
-            if type(value) is not wanted:
-                raise UserError(f"{path}: {key} is {value!r}, of type {type(value).__name__}; wanted {wanted.__name__}")
-        options[name] = value
-    return options
-
-
-def _spellings() -> dict[str, str]:
-    """Fields by the names they may be given under: their own, and the reference's n_group."""
-    return {f.name: f.name for f in fields(TrainConfig)} | {"n_group": "n_kv_heads"}
-
-
-def _unknown_option(found: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(found, allowed, n=1)
-    return f"unknown option {found!r}" + (f"; did you mean {close[0]!r}?" if close else "; --help lists all options")
-
-
-def fail(error: UserError, program: str = "") -> typing.NoReturn:
-    """Print a user's mistake as one line, whatever a library put in it, and exit with status 2."""
-    print(f"{program or Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(2)

@@ -1,27 +1,29 @@
-"""The device of a run, its compute dtype, and whether it repeats itself to the bit."""
+"""The device of a run, its compute dtype, the kernels that can run there, and whether it repeats itself to the bit."""
 
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from training.config import TrainConfig, interpreting, no_gpu_for_kernels
+from training.config import TrainConfig, kernels_refused, other_way, why_no_kernels
 from training.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(config: TrainConfig, local_rank: int = 0) -> torch.device:
-    """The device that --device asks for. UserError where it is not there, or where Triton kernels would have no GPU."""
+    """The device that --device asks for. UserError where it is not there, or where --kernels asks for what can't run."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device.startswith("cuda") and not gpus:
         raise UserError(
             f"--device is {config.device}, and PyTorch {torch.__version__} finds no GPU; allowed here: auto, cpu"
         )
     if config.device == "cpu" or not gpus:
-        if config.uses_triton() and not interpreting():
-            raise no_gpu_for_kernels(config)
+        reason = why_no_kernels(config, has_gpu=False)
+        if reason and config.insists_on_kernels():
+            raise kernels_refused(config, reason)
         return torch.device("cpu")
     _, _, number = config.device.partition(":")
     index = int(number) if number else local_rank
@@ -31,6 +33,19 @@ def resolve_device(config: TrainConfig, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def resolve_kernels(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, str]:
+    """The configuration with the kernels that can run on the device, and what to say where those of --fused can't.
+
+    --fused is a wish: without a GPU, or without Triton, the plain twins train in place of the kernels. What is saved with the run
+    is the configuration as it was asked for, so that the same run resumed on a GPU uses them.
+    """
+    reason = why_no_kernels(config, has_gpu=device.type == "cuda")
+    if not (reason and config.uses_triton()):
+        return config, ""
+    note = f"--fused: {reason}, so plain PyTorch trains in place of the Triton kernels; {other_way(reason)}"
+    return replace(config, fused=False, kernels="none"), note
 
 
 def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -50,7 +50,7 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block, then the others: what it makes on the disk they find made."""
+        """The main process runs the block first, the others after it: they find on the disk what it has made there."""
         if not self.is_main:
             self.wait()
         yield

@@ -4,9 +4,11 @@ import math
 
 from model import generation
 from training.config import TrainConfig
-from training.data.batches import Batches, prefetch
+from training.data.batches import Batch, Batches, prefetch
 from training.data.shards import Dataset
 from training.distributed import World
+from training.log.metrics import Metrics
+from training.progress import Progress
 from training.step.trainer import Trainer
 
 
@@ -19,15 +21,20 @@ class Evaluation:
     def __init__(self, config: TrainConfig, trainer: Trainer, dataset: Dataset, world: World):
         self._config, self._trainer, self._dataset, self._world = config, trainer, dataset, world
         self._device = trainer.model.cos.device
-        self._train, self._val = (
-            Batches(
-                shards,
-                sequence_length=config.max_seq_len,
-                sequences_per_step=config.batch_size,
-                seed=config.seed,
-            )
-            for shards in (dataset.train, dataset.val)
-        )
+        self._train, self._val = (Batches.of_run(config, shards, 1) for shards in (dataset.train, dataset.val))
+
+    def report(self, progress: Progress, metrics: Metrics | None) -> bool:
+        """Report the losses and, in the process that has the metrics, a sample. Whether validation is better than ever before.
+
+        Every process calls it; the best loss so far is kept in `progress`.
+        """
+        train_loss, val_loss, bits_per_byte = self.losses()
+        if metrics:
+            metrics.evaluation(progress.step, train_loss, val_loss, bits_per_byte, self.sample())
+        better = val_loss < progress.best_val_loss
+        if better:
+            progress.best_val_loss = val_loss
+        return better
 
     def losses(self) -> tuple[float, float, float]:
         """Train and validation loss in nats a token, and bits per byte of the validation text.
@@ -46,9 +53,9 @@ class Evaluation:
         count = min(self._config.eval_iters, int(batches.steps_per_epoch))
         mine = range(self._world.rank, count, self._world.size)
 
-        def load(i: int):
-            packed = self._config.packed_documents
-            return batches.sequences(mine[i], 0, self._config.batch_size, with_first_key=packed)
+        def load(i: int) -> Batch:
+            (batch,) = batches.micro_batches(mine[i], 1, with_first_key=self._config.packed_documents)
+            return batch
 
         return self._trainer.evaluate(prefetch(load, 0, len(mine), device=self._device))
 

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
-from training.config import fail
-from training.errors import UserError
+from training.errors import UserError, fail
 from training.log.console import silence_stdout
 
 
 @contextlib.contextmanager
 def exit_statuses() -> Iterator[None]:
-    """Around a whole program: what the system or the user may cause ends it with a status and no traceback.
+    """Put around a whole program: what the user or the system may cause ends it with an exit status and no traceback.
 
     2 and one line on stderr for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of stdout has gone
     (`| head`). SIGTERM unwinds as Ctrl-C does, so that half-made files are removed.

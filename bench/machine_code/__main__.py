@@ -45,8 +45,7 @@ from bench.machine_code.rows import WIDE, Row, record, sizes, tile
 from bench.measure import environment, write_json
 from kernels.launch import HAVE_TRITON, TARGETS
 from model.config import PRESETS
-from training.config import fail
-from training.errors import UserError
+from training.errors import UserError, fail
 
 
 @dataclass(kw_only=True)

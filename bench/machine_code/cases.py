@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run the loss head's products on the meta device without it
 import kernels
 from bench.ops import cases as op_cases
 from kernels.launch import Launched, Target, recorded
@@ -34,11 +35,19 @@ def _measured(case: str, op: str | None = None) -> Callable[[TrainConfig], Any]:
     return run
 
 
+def _rope_attention(c: TrainConfig) -> Any:
+    shape = c.shape()
+    qkv = _tensor(c.batch_size, c.max_seq_len, (c.n_heads + 2 * c.n_kv_heads) * shape.head_dim)
+    table = torch.empty(c.max_seq_len, shape.head_dim // 2, device=META)
+    return kernels.TRITON.rope_attention(qkv, table, table, c.n_heads, c.n_kv_heads)
+
+
 def _linear_cross_entropy(c: TrainConfig) -> Any:
     rows = c.batch_size * c.max_seq_len
     hidden, weight = _tensor(rows, c.dim), _tensor(c.vocab_size, c.dim, dtype=torch.float32)
     targets = _tensor(rows, dtype=torch.int64)
-    return kernels.TRITON.linear_cross_entropy(hidden, weight, targets, compute_weight=weight.bfloat16())
+    known = {"gradient_sum": torch.empty_like(weight), "scale": torch.empty((), device=META)}
+    return kernels.TRITON.linear_cross_entropy(hidden, weight, targets, compute_weight=weight.bfloat16(), **known)
 
 
 def _update(c: TrainConfig) -> tuple:
@@ -54,10 +63,11 @@ CASES: dict[str, Callable[[TrainConfig], Any]] = {
     "rms_norm": _measured("rms_norm"),
     "add_rms_norm": _measured("add_rms_norm"),
     "rope": _measured("rope"),
-    "rope_qkv": _measured("rope_qkv"),
     "swiglu": _measured("swiglu"),
     "attention": _measured("attention"),
     "packed_attention": _measured("packed_attention", "attention"),
+    "rope_attention": _rope_attention,
+    "embedding": _measured("embedding"),
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _update,
 }

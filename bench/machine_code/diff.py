@@ -24,6 +24,8 @@ from training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
+PROGRAMS = ("bench/machine_code/__main__.py", "bench/machine_code.py")
+"""Where `bench.machine_code` lies at a commit: as a room, or in older ones as a file."""
 KEYS = ("arch", "name", "presets", "constants", "faults", "code")
 """What of a row is read here."""
 FIXED = ("warps", "registers", "stack", "shared", "resident warps", "widest_load", "widest_store")
@@ -70,8 +72,8 @@ def _git(root: Path, *arguments: str) -> bytes | None:
 
 
 def _built(revision: str, selection: list[str], folder: Path) -> list[dict]:
-    if not (folder / "bench" / "machine_code.py").exists():
-        raise UserError(f"--diff is {revision!r}, which has no bench/machine_code.py yet")
+    if not any((folder / program).exists() for program in PROGRAMS):
+        raise UserError(f"--diff is {revision!r}, which has no bench.machine_code yet")
     result = folder / "result-of-machine-code.json"
     command = [sys.executable, "-m", "bench.machine_code", *selection, "--json", str(result)]
     environ = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "1000"}  # no message is broken into lines

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import ceil_div
-from kernels.linear_cross_entropy.chunked import chunk_rows
+from kernels.linear_cross_entropy.chunked import IN_REGISTERS, chunk_rows
 from model.config import PRESETS
 from model.flops import matmul_parameters, parameters
 from training.config import TrainConfig, defaults
@@ -46,8 +46,6 @@ class Case:
     and both, for an op that may do the backward's work in the forward pass; or update."""
     keywords: dict = field(default_factory=dict)
     """More arguments of the op."""
-    liger_arguments: tuple = ()
-    """Where Liger's callers lay them out otherwise than ours do."""
 
     @property
     def wanted(self) -> list[Tensor]:
@@ -67,10 +65,10 @@ SIZES: dict[str, tuple[str, ...]] = {
     "rms_norm": _ROWS,
     "add_rms_norm": _ROWS,
     "rope": _ROWS,
-    "rope_qkv": _ROWS,
     "swiglu": _ROWS,
     "attention": (*HEADS, *PRESETS),
     "packed_attention": tuple(HEADS),
+    "embedding": _ROWS,
     "linear_cross_entropy": ("8192x2048", "reference", "124m", "350m", "llama3.2-1b", "llama3.2-3b", "llama3.1-8b"),
     "adamw": ("reference", "124m", "llama3.2-1b"),
 }
@@ -132,19 +130,7 @@ def _add_rms_norm(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> C
 
 def _rope(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
     heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
-    q, k, _ = _packed_heads(c, dtype, device)
-    cos, sin = (torch.rand(c.max_seq_len, width // 2, device=device) for _ in range(2))
-    n_bytes = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
-    # Liger turns in place what Hugging Face's two projections give it, which is dense; of slices it would make a copy.
-    dense = tuple(x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k))
-    shape = f"{c.batch_size * c.max_seq_len} x ({heads} + {kv_heads}) x {width}"
-    return Case(shape, (q, k, cos, sin), _moved(n_bytes, n_bytes), liger_arguments=(*dense, cos, sin))
-
-
-def _rope_qkv(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
-    heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
-    packed = (c.batch_size, c.max_seq_len, (heads + 2 * kv_heads) * width)
-    qkv = torch.randn(packed, dtype=dtype, device=device, requires_grad=True)
+    qkv = _leaf(c.batch_size, c.max_seq_len, (heads + 2 * kv_heads) * width, dtype=dtype, device=device)
     cos, sin = (torch.rand(c.max_seq_len, width // 2, device=device) for _ in range(2))
     turned, tables = qkv.nbytes * (heads + kv_heads) // (heads + 2 * kv_heads), cos.nbytes + sin.nbytes
     shape = f"{c.batch_size * c.max_seq_len} x ({heads} + 2 x {kv_heads}) x {width}"
@@ -200,6 +186,18 @@ def documents(batch: int, length: int, count: int = 8) -> Tensor:
     return first_key.cummax(dim=1).values
 
 
+def _embedding(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
+    # Tokens of frequency 1 / rank, about as text has them: what sums the gradient must not wait for the frequent ones.
+    shape, vocab = (c.batch_size, c.max_seq_len), c.vocab_size
+    tokens = (vocab ** torch.rand(shape, device=device)).long() - 1
+    weight = _leaf(vocab, c.dim, dtype=torch.float32, device=device)
+    copy = None if dtype == torch.float32 else weight.detach().to(dtype)
+    x = tokens.numel() * c.dim * dtype.itemsize
+    touched = 2 * FLOAT32 * min(tokens.numel(), vocab) * c.dim
+    costs = _moved(tokens.nbytes + 2 * x, tokens.nbytes + x + touched)
+    return Case(f"{tokens.numel()} x {vocab} x {c.dim}", (tokens, weight, dtype, copy), costs)
+
+
 def _linear_cross_entropy(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
     # The weight is in hidden's dtype, not float32 as in the model: peers take it, and give its gradient, in no other way.
     rows, vocab, e = c.batch_size * c.max_seq_len, c.vocab_size, dtype.itemsize
@@ -207,10 +205,11 @@ def _linear_cross_entropy(c: TrainConfig, dtype: torch.dtype, device: torch.devi
     weight = (torch.randn(vocab, c.dim, dtype=dtype, device=device) * c.dim**-0.5).requires_grad_()
     targets = torch.randint(vocab, (rows,), device=device)
     chunks, logits = ceil_div(rows, chunk_rows(rows, vocab, e)), rows * vocab * e
-    evaluation = hidden.nbytes + chunks * weight.nbytes + 3 * logits
+    reads = 1 if vocab <= IN_REGISTERS else 2
+    evaluation = hidden.nbytes + chunks * weight.nbytes + (1 + reads) * logits
     gradients = FLOAT32 * hidden.numel() + (8 * chunks - 4) * weight.numel()
     scaling = (FLOAT32 + e) * (hidden.numel() + weight.numel())
-    both = 2 * (hidden.nbytes + chunks * weight.nbytes + 3 * logits) + gradients + scaling
+    both = 2 * (hidden.nbytes + chunks * weight.nbytes) + (4 + reads) * logits + gradients + scaling
     product = 2 * rows * c.dim * vocab
     costs = {"evaluation": Cost(evaluation, product), "both": Cost(both, 3 * product)}
     return Case(f"{rows} x {c.dim} x {vocab}", (hidden, weight, targets), costs)
@@ -234,10 +233,10 @@ CASES: dict[str, Callable[[TrainConfig, torch.dtype, torch.device], Case]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,
-    "rope_qkv": _rope_qkv,
     "swiglu": _swiglu,
     "attention": _attention,
     "packed_attention": _packed_attention,
+    "embedding": _embedding,
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _adamw,
 }

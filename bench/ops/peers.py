@@ -195,7 +195,6 @@ PEERS: dict[str, dict[str, Peer]] = {
     op: _twins(getattr(kernels.TORCH, op)) | _liger(op) | _kernel(getattr(kernels.TRITON, op))
     for op in ("rms_norm", "add_rms_norm", "rope", "swiglu")
 }
-PEERS["rope_qkv"] = _twins(kernels.TORCH.rope_qkv) | _kernel(kernels.TRITON.rope_qkv)
 PEERS["attention"] = {
     **_twins(kernels.TORCH.attention),
     "sdpa-flash": Peer(_always(sdpa(SDPBackend.FLASH_ATTENTION))),
@@ -211,6 +210,7 @@ PEERS["packed_attention"] = {
     "varlen": Peer(varlen, needs_gpu=True),
     **_kernel(kernels.TRITON.attention),
 }
+PEERS["embedding"] = _twins(kernels.TORCH.embedding) | _kernel(kernels.TRITON.embedding)
 PEERS["linear_cross_entropy"] = {
     **_twins(unchunked),
     "twin": Peer(_always(kernels.TORCH.linear_cross_entropy)),
@@ -241,9 +241,8 @@ class Contender:
 
     def __init__(self, op: str, variant: str, case: Case):
         peer = PEERS[op][variant]
-        arguments = case.liger_arguments if variant == "liger" and case.liger_arguments else case.arguments
-        self._function = functools.partial(peer.make(case), *arguments, **case.keywords)
-        self._wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+        self._function = functools.partial(peer.make(case), *case.arguments, **case.keywords)
+        self._wanted = case.wanted
         self._deterministic = peer.deterministic
         self._outputs: tuple[Tensor, ...] = ()
         if self._wanted:

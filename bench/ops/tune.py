@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -193,7 +194,7 @@ def search_and_show(
     shown = Table(title=f"attention on {torch.cuda.get_device_name(device)}, microseconds (median)")
     for heading in ("size", "kernel", "pass", "old tile, us", "new tile, us", "faster", "unfit"):
         shown.add_column(heading)
-    result = {"bench": "tune", "op": op, "dtype": str(dtype).removeprefix("torch."), "rows": []}
+    result: dict[str, Any] = {"bench": "tune", "op": op, "dtype": str(dtype).removeprefix("torch."), "rows": []}
     for name, config in (sizes or {name: size(name) for name in (*HEADS, "reference")}).items():
         width = sum(head_tiles(config.head_dim))
         with contextlib.ExitStack() as kept:  # a backward kernel is tuned beside the best of the other

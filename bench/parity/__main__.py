@@ -4,10 +4,9 @@ One batch goes through three models of equal weights: the torch twins in float64
 (`plain`), and the kernels (`fused`). Errors are relative to float64, as root mean squares. Two tables:
 
 - each op by itself: every call on the arguments and upstream gradients that it got in the plain model, outputs and gradients
-  (bench/op_errors.py). It tells which op is wrong. RoPE is called there with q and k apart; the model gives its kernel the packed
-  product, whose backward is another kernel: that one shows in the second table only.
+  (bench/parity/op_errors.py). It tells which op is wrong.
 - the whole model: the loss and the parameters' gradients, layer by layer, with the errors of all ops in them
-  (bench/model_errors.py). It tells whether that matters.
+  (bench/parity/model_errors.py). It tells whether that matters.
 
 An op may be as wrong as its dtype makes it. So what --tolerance bounds is the error of fused over that of plain, where plain's
 counts as no less than what rounding a result once costs. Beyond it, or with an error that is not a number, the exit status

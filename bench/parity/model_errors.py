@@ -80,7 +80,7 @@ def _draw_weights(model: Llama) -> None:
 
 def _in_float64(model: Llama) -> Llama:
     """The torch twins with the same weights in float64, a dtype that `Llama` has for no other purpose."""
-    with model.embedding.device:
+    with model.cos.device:
         exact = Llama(model.config, kernels.select("none", model.config.n_layers))
     exact.load_state_dict(model.state_dict())
     exact.double()

@@ -7,7 +7,7 @@ happened earlier in the model is in it, and nothing later hides it.
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,13 @@ from model import Llama
 # float32: that of a sum in another order. Twice these are the bounds that the tests hold the kernels to.
 FLOOR = {torch.float32: 5e-7, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
 
-_OUTPUTS = {"add_rms_norm": ("y", "summed"), "rope": ("q", "k"), "attention": ("o",), "linear_cross_entropy": ("loss",)}
+_OUTPUTS = {
+    "add_rms_norm": ("y", "summed"),
+    "rope": ("q", "k", "v"),
+    "attention": ("o",),
+    "linear_cross_entropy": ("loss",),
+    "embedding": ("x",),
+}
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,13 @@ def _recording(place: int, n_layers: int, calls: list[Call]) -> Ops:
             y.register_hook(partial(call.upstream.__setitem__, i))
         return several if isinstance(outputs, tuple) else several[0]
 
-    return Ops(**{field.name: partial(recorded, field.name) for field in fields(Ops)})
+    return Ops(**{name: partial(recorded, name) for names in FIELDS.values() for name in names})
 
 
 def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
-    """A tensor as one that starts a graph, with floating-point numbers cast to `dtype`; anything else as it is."""
+    """A tensor as one that starts a graph, floating-point numbers cast to `dtype`; a dtype as `dtype`; all else as it is."""
+    if isinstance(x, torch.dtype):
+        return dtype or x
     if not isinstance(x, Tensor):
         return x
     cast = x.to(dtype) if dtype and x.is_floating_point() else x

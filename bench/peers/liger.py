@@ -1,8 +1,9 @@
 """Liger-Kernel's ops, under the signatures of `kernels.Ops`: an optional peer, `pip install '.[bench]'`.
 
 https://github.com/linkedin/Liger-Kernel, 0.8.5 or newer. Each is called with the defaults that Liger itself calls it with
-in a Llama; some of them write into what they are given: rope into dense q and k and into the upstream gradients,
-rms_norm into the upstream gradient, the loss head into the gradients that it saved.
+in a Llama; some of them write into what they are given: rope and rms_norm into the upstream gradients, the loss head into the
+gradients that it saved. Liger's rope takes q and k, and makes dense copies of the slices of a packed product; its gradients are
+put together by autograd. Both are in its time, as they are in that of whoever calls it in such a model.
 """
 
 import importlib.util
@@ -32,9 +33,11 @@ def ops() -> dict[str, Callable]:
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps)
 
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
+        q, k, v = heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
         q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1, q.shape[-1])
-        return q.transpose(1, 2), k.transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v
 
     def swiglu(gate_up: Tensor) -> Tensor:
         rows = gate_up.flatten(0, -2)  # of more dimensions it returns a gradient of another shape
@@ -47,6 +50,8 @@ def ops() -> dict[str, Callable]:
         ignore_index: int = -100,
         reduction: str = "mean",
         compute_weight: Tensor | None = None,
+        gradient_sum: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         weight = weight.to(hidden.dtype)  # it multiplies one dtype; the gradient goes back through the cast
         # bias and class weights: none; z-loss and label smoothing: 0

@@ -18,6 +18,7 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -79,7 +80,7 @@ def measure(options: Roofline, console: Console) -> dict:
     )
     config.check()
     results = archive.read()
-    result = {
+    result: dict[str, Any] = {
         "bench": "roofline",
         "preset": options.preset,
         "batch_size": config.batch_size,
@@ -204,7 +205,7 @@ def measured_ops(config: TrainConfig, gpu: Gpu, results: list[Result]) -> dict[s
         return {}
     layers = config.n_layers
     calls = {"rms_norm": 1, "add_rms_norm": 2 * layers, "linear_cross_entropy": 1}
-    calls |= dict.fromkeys(("rope_qkv", "swiglu", "attention"), layers)  # rope as a step has it, of a packed qkv
+    calls |= dict.fromkeys(("rope", "swiglu", "attention"), layers)
     newest: dict[str, float] = {}
     for result in results:
         if result.bench == "ops" and result.gpu == gpu.name and result.data["dtype"] != "float32":

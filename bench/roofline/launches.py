@@ -26,10 +26,12 @@ from torch.autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run half-precision products on the meta device without it
 import kernels
-from kernels import Ops, grammar
+from kernels import Ops
 from kernels.attention.op import attention_torch
 from kernels.launch import NAMESPACE, TARGETS, Launched, recorded
+from kernels.ops import FIELDS, InTurn
 from model import Llama
 from model.linear import Linear
 from training.config import TrainConfig
@@ -45,7 +47,7 @@ OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 INDEXED = {"embedding", "gather", "index_select", "scatter_", "index", "index_add_"}
 """Calls that read or write their first tensor only where an index points."""
 
-COUNTED_AS = {"add_rms_norm": "rms_norm", "rope_qkv": "rope"}
+COUNTED_AS = {"add_rms_norm": "rms_norm", "rope_attention": "attention"}
 """Ops that `model.flops` counts under another name."""
 
 
@@ -91,8 +93,7 @@ def _step(config: TrainConfig, spec: str, arch: str, micro_steps: int) -> dict[s
         if isinstance(module, Linear):
             module.forward = counter.label("linear", module.forward)
     model.forward = counter.label(GLUE, model.forward)
-    optimizer = "adamw" if spec == "none" else "fused-adamw"
-    trainer = Trainer(model, replace(config, optimizer=optimizer, compile=False), World())
+    trainer = Trainer(model, replace(config, kernels=spec, compile=False), World())
     batch = [(tokens, tokens, None)] * micro_steps
     if spec == "none":
         with counter:
@@ -142,11 +143,14 @@ class _Counter(TorchDispatchMode):
 
         return labelled
 
-    def label_ops(self, ops: Ops) -> "_Labelled":
+    def label_ops(self, ops: Ops) -> Ops:
         """The ops, each of whose calls belongs to the op that `model.flops` counts it by."""
         if ops.attention is attention_torch:
             ops = replace(ops, attention=_flash_attention)
-        return _Labelled(ops, self)
+        names = [name for names in FIELDS.values() for name in names]
+        if not isinstance(ops.rope_attention, InTurn):
+            names.append("rope_attention")
+        return Ops(**{name: self.label(COUNTED_AS.get(name, name), getattr(ops, name)) for name in names})
 
     @contextmanager
     def _in(self, op: str) -> Iterator[None]:
@@ -187,22 +191,12 @@ class _Counter(TorchDispatchMode):
         """Count the Triton launches since the last time; `changed`: storages that they write where they have read."""
         for launched in self.launched[self._seen :]:
             file = launched.kernel.__module__.split(".")[1]
-            op = next((switch for switch in grammar.SWITCHES if file.startswith(switch)), UPDATE)
+            op = next((switch for switch in FIELDS if file.startswith(switch)), UPDATE)
             self._add(op, launch_bytes(launched, changed))
         self._seen = len(self.launched)
 
     def _add(self, op: str, moved: int) -> None:
         self.tallies[op] = self.tallies.get(op, Tally()) + Tally(1, moved)
-
-
-class _Labelled:
-    """Ops whose calls a counter tells apart. Not an Ops of wrapped functions: its methods ask which functions it has."""
-
-    def __init__(self, ops: Ops, counter: _Counter):
-        self._ops, self._counter = ops, counter
-
-    def __getattr__(self, name: str) -> Callable:
-        return self._counter.label(COUNTED_AS.get(name, name), getattr(self._ops, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes

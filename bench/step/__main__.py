@@ -11,7 +11,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch._dynamo.config
@@ -120,7 +120,7 @@ def measure(options: StepBench, console: Console) -> dict:
 
     micro_batches, drawn = tokens.draw(config, options.tokens)
     micro_batches = [(t.to(device), targets.to(device)) for t, targets in micro_batches]
-    result = {
+    result: dict[str, Any] = {
         "bench": "step",
         "preset": options.preset,
         "n_layers": config.n_layers,

@@ -5,7 +5,7 @@
     compiled-captured                the same as compiled, captured as a CUDA graph: all that PyTorch gives without our kernels
     fused                            every Triton kernel, AdamW's too, compiled and captured as a CUDA graph
     fused-uncaptured                 the same without the graph
-    only-OP, without-OP              one kernel alone on, or alone off; OP: a switch of train.py --kernels, or adamw
+    only-OP, without-OP              one kernel alone on, or alone off; OP: a switch of train.py --kernels
     unchunked                        compiled, with a loss head that holds all logits: a product and F.cross_entropy
     liger, liger-compiled            Liger-Kernel's ops in the same model, torch's attention and AdamW
     transformers                     Hugging Face's Llama of equal size under autocast, with SDPA and torch's AdamW, eager
@@ -44,7 +44,7 @@ WHOLE = (
 )
 PEERS = {"liger": "liger-kernel", "liger-compiled": "liger-kernel", "transformers": "transformers"}
 """Variants that need a package, and its name."""
-PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in (*SWITCHES, "adamw"))
+PER_OP = tuple(f"{way}-{op}" for way in ("only", "without") for op in SWITCHES)
 VARIANTS = (*WHOLE, *PEERS, *PER_OP)
 BASELINES = ("compiled", "compiled-captured")
 """What a user would take instead of the kernels here: a step is compared with the faster of these."""
@@ -69,14 +69,10 @@ def selection(variant: str) -> dict[str, object]:
     if variant in ("plain", "liger"):
         return {"compile": False}
     if variant.startswith("fused"):
-        options = {"fused": True, "optimizer": "fused-adamw", "capture": variant == "fused"}
+        options = {"kernels": "all", "capture": variant == "fused"}
     elif variant in PER_OP:
         way, _, op = variant.partition("-")
-        layers = {"only": "none", "without": "all"}[way]
-        if op != "adamw":
-            layers = f"{layers},{'-' * (way == 'without')}{op}"
-        fused_update = (op == "adamw") == (way == "only")
-        options = {"kernels": layers, "optimizer": "fused-adamw" if fused_update else "adamw", "capture": False}
+        options = {"kernels": {"only": op, "without": f"all,-{op}"}[way], "capture": False}
     else:
         options = {}
     return options | {"compile": True}
@@ -89,6 +85,8 @@ def all_logits(
     ignore_index: int = -100,
     reduction: str = "mean",
     compute_weight: Tensor | None = None,
+    gradient_sum: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The loss head without chunks, its softmax in float32 as under autocast."""
     logits = linear(hidden, weight, compute_weight).float()

@@ -21,6 +21,7 @@ from kernels.attention.tiles import (
     key_blocks,
     load_rows,
     scale_rows,
+    store_rotated_back,
     store_rows,
     tile_of,
     zero_rows,
@@ -66,6 +67,7 @@ def _step_dq(
 def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr,
     first_key_ptr,  # None where every key up to the query's own is visible
+    cos_ptr, sin_ptr,  # None, or the tables by which q and k came rotated: dq_ptr is then that of qkv
     dq_ptr, delta_ptr, n_batches, n_times, heads_at_once,
     # Constant strides of time, so that a thread's loads differ by constants and it computes one address for all of them.
     q_stride_b, q_stride_t: tl.constexpr, q_stride_h,
@@ -117,7 +119,12 @@ def _attention_dq_kernel(
                       SCALE, HEAD_DIM, ALIGNMENT, BLOCK_D, BLOCK_D2, MASKED=True)
     # fmt: on
     dq = scale_rows(dq, SCALE * LN_2)
-    store_rows(dq_ptr + dense, rows, n_times, dq, Q_HEADS * HEAD_DIM, HEAD_DIM)
+    if cos_ptr is None:
+        store_rows(dq_ptr + dense, rows, n_times, dq, Q_HEADS * HEAD_DIM, HEAD_DIM)
+    else:
+        HEADS: tl.constexpr = Q_HEADS + 2 * K_HEADS
+        dq_ptr += (batch * n_times * HEADS + q_head) * HEAD_DIM
+        store_rotated_back(dq_ptr, rows, n_times, dq, cos_ptr, sin_ptr, HEADS * HEAD_DIM, HEAD_DIM)
 
 
 # ------------------------------------------------------------------------------------------------------------ dK and dV
@@ -184,6 +191,7 @@ def _attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr,
     first_key_ptr,  # None where every key up to the query's own is visible, and then so is ends_ptr
     ends_ptr,
+    cos_ptr, sin_ptr,  # None, or the tables by which q and k came rotated: dk_ptr is then that of qkv, and dv_ptr None
     dk_ptr,  # (SPLITS, B, T, Hkv, D), and so is dv
     dv_ptr, n_batches, n_times, heads_at_once,
     q_stride_b, q_stride_t: tl.constexpr, q_stride_h,
@@ -236,7 +244,7 @@ def _attention_dkdv_kernel(
         dk, dv = _step_dkdv(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, first_key_ptr, keys, head, rows, n_times,
                             q_stride_t, q_stride_h, do_stride_t, do_stride_h, SCALE, HEAD_DIM, ALIGNMENT,
                             BLOCK_D, BLOCK_D2, MASKED=False)
-    for i in range((n_blocks - n_full) * HEADS):
+    for i in tl.range((n_blocks - n_full) * HEADS, num_stages=1):
         head = share * HEADS + i % HEADS
         index = i // HEADS
         rows = start + (index if index < n_diagonal else index + n_full) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -244,9 +252,16 @@ def _attention_dkdv_kernel(
                             q_stride_t, q_stride_h, do_stride_t, do_stride_h, SCALE, HEAD_DIM, ALIGNMENT,
                             BLOCK_D, BLOCK_D2, MASKED=True)
     # fmt: on
-    dense = (((share % SPLITS * n_batches + batch) * n_times) * K_HEADS + k_head) * HEAD_DIM
-    store_rows(dk_ptr + dense, keys, n_times, scale_rows(dk, SCALE * LN_2), K_HEADS * HEAD_DIM, HEAD_DIM)
-    store_rows(dv_ptr + dense, keys, n_times, dv, K_HEADS * HEAD_DIM, HEAD_DIM)
+    dk = scale_rows(dk, SCALE * LN_2)
+    if cos_ptr is None:
+        dense = (((share % SPLITS * n_batches + batch) * n_times) * K_HEADS + k_head) * HEAD_DIM
+        store_rows(dk_ptr + dense, keys, n_times, dk, K_HEADS * HEAD_DIM, HEAD_DIM)
+        store_rows(dv_ptr + dense, keys, n_times, dv, K_HEADS * HEAD_DIM, HEAD_DIM)
+    else:
+        PACKED: tl.constexpr = Q_HEADS + 2 * K_HEADS
+        dk_ptr += (batch * n_times * PACKED + Q_HEADS + k_head) * HEAD_DIM
+        store_rows(dk_ptr + K_HEADS * HEAD_DIM, keys, n_times, dv, PACKED * HEAD_DIM, HEAD_DIM)
+        store_rotated_back(dk_ptr, keys, n_times, dk, cos_ptr, sin_ptr, PACKED * HEAD_DIM, HEAD_DIM)
 
 
 # --------------------------------------------------------------------------------------------------------------- launch
@@ -261,18 +276,25 @@ def dq_launch(batch: int, time: int, heads: int, head_dim: int, itemsize: int, t
 
 
 def dkdv_launch(
-    batch: int, time: int, q_heads: int, k_heads: int, head_dim: int, itemsize: int, target: Target
+    batch: int,
+    time: int,
+    q_heads: int,
+    k_heads: int,
+    head_dim: int,
+    itemsize: int,
+    target: Target,
+    packed: bool = False,
 ) -> Launch:
     """One program a block of keys and kv head; where they are fewer than the multiprocessors, SPLITS of them.
 
     Each then walks a share of the group's query heads, and the float32 sums are added up after the launch. Smaller blocks
     would keep as many multiprocessors busy, but with less arithmetic to each byte and, under 64 keys, without wgmma. A
-    group of one is not split.
+    group of one is not split, and neither is a packed gradient, whose sums are rotated back as they are stored.
     """
     tile = tile_of("dkdv", head_dim, itemsize, target)
     block_d, block_d2 = head_tiles(head_dim)
     programs = ceil_div(time, tile.block_n) * batch * k_heads
-    group = q_heads // k_heads
+    group = 1 if packed else q_heads // k_heads
     enough = [n for n in range(1, group) if group % n == 0 and programs * n >= target.multiprocessors]
     splits = enough[0] if enough else group
     tiles = {
@@ -285,24 +307,41 @@ def dkdv_launch(
     return Launch((programs * splits,), tiles, tile.num_warps, tile.num_stages)
 
 
-def _outputs(do, q, k, v, o, lse, first_key):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+def _outputs(do, q, k, v, o, lse, first_key, cos, sin):
+    if cos is None:
+        return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    batch, time, heads, head_dim = q.shape
+    shapes = ((batch, time, heads + k.shape[2] + v.shape[2], head_dim), 0, 0)
+    return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
 
 
 @register_op(fake=_outputs)
 def _attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first_key: Tensor | None
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    first_key: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _outputs(do, q, k, v, o, lse, first_key)
+    """The gradients of q, k and v.
+
+    With the tables by which q and k came rotated: the packed gradient of what they and v were (B, T, H + 2 Hkv, D), and two
+    tensors without elements.
+    """
+    dq, dk, dv = _outputs(do, q, k, v, o, lse, first_key, cos, sin)
     if not q.numel():
-        return dq, dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_()
     do, q, k, v = dense_heads(do, q, k, v)
     first_key = None if first_key is None else first_key.contiguous()
     batch, time, q_heads, head_dim = q.shape
     q_heads, k_heads, head_dim = int(q_heads), int(k.shape[2]), int(head_dim)
     itemsize, target = q.element_size(), target_of(q)
     dq_tiles = dq_launch(batch, time, q_heads, head_dim, itemsize, target)
-    dkdv_tiles = dkdv_launch(batch, time, q_heads, k_heads, head_dim, itemsize, target)
+    dkdv_tiles = dkdv_launch(batch, time, q_heads, k_heads, head_dim, itemsize, target, packed=cos is not None)
     splits = dkdv_tiles.tiles["SPLITS"]
     delta = torch.empty_like(lse)
     shared = {
@@ -313,6 +352,8 @@ def _attention_backward(
         "lse_ptr": lse,
         "delta_ptr": delta,
         "first_key_ptr": first_key,
+        "cos_ptr": None if cos is None else cos.contiguous(),
+        "sin_ptr": None if sin is None else sin.contiguous(),
         "n_batches": batch,
         "n_times": time,
         **head_strides(q=q, k=k, v=v, do=do),
@@ -345,7 +386,7 @@ def _attention_backward(
                 num_warps=4,
                 num_stages=1,
             )
-        parts_of_dk, parts_of_dv = dk, dv
+        parts_of_dk, parts_of_dv = (dk, dv) if cos is None else (dq, None)
         if splits > 1:
             parts_of_dk, parts_of_dv = (
                 torch.empty((splits, *k.shape), dtype=torch.float32, device=q.device) for _ in range(2)

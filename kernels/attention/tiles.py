@@ -25,7 +25,13 @@ class Tile(NamedTuple):
 TILES = {
     "forward": {
         "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 192: Tile(64, 16, 4, 2), 256: Tile(64, 32, 8, 2)},
-        "sm_90": {48: Tile(64, 64, 4, 3), 64: Tile(128, 64, 8, 3), 160: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2)},
+        "sm_90": {
+            48: Tile(64, 64, 4, 2),
+            64: Tile(64, 64, 4, 3),
+            128: Tile(128, 64, 8, 3),
+            160: Tile(128, 128, 8, 2),
+            256: Tile(128, 32, 8, 2),
+        },
         "sm_100": {
             48: Tile(128, 32, 4, 3),
             64: Tile(128, 64, 4, 3),
@@ -38,7 +44,12 @@ TILES = {
     },
     "dq": {
         "sm_80": {64: Tile(64, 64, 4, 2), 96: Tile(64, 32, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
-        "sm_90": {48: Tile(64, 64, 4, 2), 160: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+        "sm_90": {
+            48: Tile(64, 64, 4, 1),
+            128: Tile(64, 64, 4, 2),
+            160: Tile(128, 64, 8, 2),
+            256: Tile(128, 32, 8, 2),
+        },
         "sm_100": {
             32: Tile(128, 32, 4, 2),
             48: Tile(128, 32, 8, 2),
@@ -51,7 +62,12 @@ TILES = {
     },
     "dkdv": {
         "sm_80": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 192: Tile(16, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
-        "sm_90": {48: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 160: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "sm_90": {
+            64: Tile(32, 64, 4, 1),
+            128: Tile(64, 64, 4, 2),
+            160: Tile(32, 128, 8, 2),
+            256: Tile(16, 64, 8, 2),
+        },
         "sm_100": {
             48: Tile(32, 128, 4, 2),
             64: Tile(64, 128, 8, 2),
@@ -66,8 +82,9 @@ TILES = {
 }
 """By kernel, by machine (or float32, which has no tensor core), by the widest padded head dim that a tile serves.
 
-Chosen for machine code that spills nothing at the head dims of the presets, 36, 64 and 128, and among such by occupancy and
-instructions a score; not by time: no GPU has run them yet. KERNELS.md has what was tried instead ("Tried and left").
+Those of sm_90 for head dims 36, 64 and 128 are the fastest of about 25 that an H100 timed (bfloat16; T 256, 1024 and 4096); the
+others were chosen for machine code that spills nothing, and among such by occupancy and instructions a score, and no GPU has
+timed them. KERNELS.md has what was tried instead ("Tried and left").
 """
 
 
@@ -236,6 +253,28 @@ def store_rows(ptr, rows, n_rows, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexp
     _store_columns(row_ptr, x[0], inside, 0, HEAD_DIM)
     if len(x) == 2:
         _store_columns(row_ptr, x[1], inside, x[0].shape[1], HEAD_DIM)
+
+
+@triton.jit
+def store_rotated_back(ptr, rows, n_rows, x, cos_ptr, sin_ptr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store the tile x as `store_rows` does, turned back by the angles of its rows in tables of (T, HEAD_DIM / 2).
+
+    Both halves of a pair lie in one row, but not in one thread: so the tile is stored, and turned where it then is.
+    """
+    store_rows(ptr, rows, n_rows, x, STRIDE, HEAD_DIM)
+    tl.debug_barrier()  # every thread's part is stored before another one reads it
+    HALF: tl.constexpr = HEAD_DIM // 2
+    BLOCK_HALF: tl.constexpr = triton.next_power_of_2(HALF)
+    cols = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = (rows[:, None] < n_rows) & (cols < HALF)
+    table = rows.to(tl.int64)[:, None] * HALF + cols
+    cos = tl.load(cos_ptr + table, mask, other=0.0)
+    sin = -tl.load(sin_ptr + table, mask, other=0.0)
+    low_ptr = ptr + rows.to(tl.int64)[:, None] * STRIDE + cols
+    low = tl.load(low_ptr, mask, other=0.0).to(tl.float32)
+    high = tl.load(low_ptr + HALF, mask, other=0.0).to(tl.float32)
+    tl.store(low_ptr, (low * cos - high * sin).to(ptr.dtype.element_ty), mask)
+    tl.store(low_ptr + HALF, (high * cos + low * sin).to(ptr.dtype.element_ty), mask)
 
 
 @triton.jit

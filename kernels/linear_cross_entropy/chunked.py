@@ -1,8 +1,9 @@
-"""The chunked loss head of `kernels.linear_cross_entropy`, whose docstring has the mathematics: kernels, chunks, autograd."""
+"""The chunked loss head of `kernels.linear_cross_entropy.op`, whose docstring has the mathematics: kernels, chunks, autograd."""
+
+import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.launch import (
     INTERPRETED,
@@ -10,6 +11,7 @@ from kernels.launch import (
     Launch,
     Target,
     ceil_div,
+    check_first_derivative,
     dense_rows,
     device_of,
     next_power_of_2,
@@ -29,6 +31,7 @@ def _linear_cross_entropy_softmax_kernel(
     logit_ptr,  # the same logits, as the single elements that targets choose
     targets_ptr,
     losses_ptr,
+    scale_ptr,  # None where the gradient is scaled later
     ignore_index,
     VOCAB: tl.constexpr,
     ROW_STRIDE: tl.constexpr,  # a multiple of 16 elements: all masks end there, so that every access is wide
@@ -36,7 +39,7 @@ def _linear_cross_entropy_softmax_kernel(
     WITH_GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The loss of one row of logits; with the gradient, GRADIENT_SCALE · dz is written over the row."""
+    """The loss of one row of logits; with the gradient, scale · GRADIENT_SCALE · dz is written over the row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * ROW_STRIDE
     block = tl.arange(0, BLOCK_V)
@@ -53,30 +56,44 @@ def _linear_cross_entropy_softmax_kernel(
     known = (target >= 0) & (target < VOCAB)
     target_logit = tl.load(logit_ptr + row * ROW_STRIDE + target, known, other=float("nan")).to(tl.float32)
 
-    # Each lane keeps the maximum of its own columns and the sum of exponentials relative to it. One exponential a step:
-    # of exp(largest - new) and exp(z - new), with new the larger of both, one is 1.
-    largest = tl.full([BLOCK_V], -3.0e38, tl.float32)
-    total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, VOCAB, BLOCK_V):
-        cols = start + block
-        z = tl.load(row_ptr + cols, cols < ROW_STRIDE, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        z = tl.where(cols < VOCAB, z, float("-inf"))
-        smaller = tl.exp(-tl.abs(z - largest))
-        total = tl.where(z > largest, total * smaller + 1.0, total + smaller)
-        largest = tl.maximum(largest, z)
-    row_largest = tl.max(largest)
-    row_total = tl.sum(total * tl.exp(largest - row_largest))
+    if BLOCK_V >= ROW_STRIDE:  # the row stays in registers
+        z = tl.load(row_ptr + block, block < ROW_STRIDE, other=0.0).to(tl.float32)
+        z = tl.where(block < VOCAB, z, float("-inf"))
+        row_largest = tl.max(z)
+        exponentials = tl.exp(z - row_largest)
+        row_total = tl.sum(exponentials)
+    else:
+        # Each lane keeps the maximum of its own columns and the sum of exponentials relative to it. One exponential a step:
+        # of exp(largest - new) and exp(z - new), with new the larger of both, one is 1.
+        largest = tl.full([BLOCK_V], -3.0e38, tl.float32)
+        total = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, VOCAB, BLOCK_V):
+            cols = start + block
+            z = tl.load(row_ptr + cols, cols < ROW_STRIDE, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            z = tl.where(cols < VOCAB, z, float("-inf"))
+            smaller = tl.exp(-tl.abs(z - largest))
+            total = tl.where(z > largest, total * smaller + 1.0, total + smaller)
+            largest = tl.maximum(largest, z)
+        row_largest = tl.max(largest)
+        row_total = tl.sum(total * tl.exp(largest - row_largest))
     tl.store(losses_ptr + row, tl.log(row_total) + (row_largest - target_logit))
 
     if WITH_GRADIENT:
-        inverse = tl.where(known, GRADIENT_SCALE / row_total, float("nan"))
-        for start in range(0, VOCAB, BLOCK_V):
-            cols = start + block
-            mask = cols < ROW_STRIDE
-            z = tl.load(row_ptr + cols, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            dz = tl.exp(z - row_largest) * inverse
-            dz = tl.where(cols == target, dz - GRADIENT_SCALE, dz)
-            tl.store(row_ptr + cols, dz.to(row_ptr.dtype.element_ty), mask)
+        scale = tl.full((), GRADIENT_SCALE, tl.float32)
+        if scale_ptr is not None:
+            scale *= tl.load(scale_ptr)
+        inverse = tl.where(known, scale / row_total, float("nan"))
+        if BLOCK_V >= ROW_STRIDE:
+            dz = tl.where(block == target, exponentials * inverse - scale, exponentials * inverse)
+            tl.store(row_ptr + block, dz.to(row_ptr.dtype.element_ty), block < ROW_STRIDE)
+        else:
+            for start in range(0, VOCAB, BLOCK_V):
+                cols = start + block
+                mask = cols < ROW_STRIDE
+                z = tl.load(row_ptr + cols, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                dz = tl.exp(z - row_largest) * inverse
+                dz = tl.where(cols == target, dz - scale, dz)
+                tl.store(row_ptr + cols, dz.to(row_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -121,8 +138,12 @@ CHUNK_BYTES = 448 * 2**20
 """Logits held at a time. Each chunk reads and writes dW once more, 8 V D bytes, so the fewer the better; with these the memory
 of 8192 rows of 2048 and a vocabulary of 128256 stays below a quarter of eager's."""
 
+CHUNK_BYTES_WITHOUT_DWEIGHT = 1152 * 2**20
+"""The same where dW is not held beside them, because it is added to a sum of gradients that is there anyway."""
+
 ROW_TILE = 128
 """Rows of a chunk are a multiple of the tile of a matrix product."""
+COLUMN_TILE = 256
 
 
 def chunk_rows(n_rows: int, vocab_size: int, element_size: int) -> int:
@@ -132,14 +153,40 @@ def chunk_rows(n_rows: int, vocab_size: int, element_size: int) -> int:
     return max(1, ceil_div(ceil_div(n_rows, chunks), ROW_TILE)) * ROW_TILE
 
 
-def softmax_launch(n_rows: int, vocab_size: int, target: Target) -> Launch:
-    """One program a row, in blocks of at most 4096 columns.
+@functools.cache
+def tiled_chunk_rows(
+    n_rows: int, vocab_size: int, width: int, element_size: int, multiprocessors: int, chunk_bytes: int
+) -> int:
+    """Rows of a chunk, of logits that fit chunk_bytes: those at which the products with W take the least time.
 
-    8 columns a thread are one wide load. With 16, maxima, sums and logits take 64 to 92 registers a thread, which leaves
+    W^T dz of a chunk has few tiles, each a sum over the whole vocabulary, and takes as long as a last wave that is nearly empty
+    makes it: 1664 rows of 2048 are 104 tiles for 132 multiprocessors, 2048 rows are 128. A chunk also reads and writes dW, which at
+    800 TFLOP/s and 3 TB/s takes as long as width / 4096 waves.
+    """
+
+    def cost(rows: int) -> float:
+        tiles = rows // ROW_TILE * ceil_div(width, COLUMN_TILE)
+        return ceil_div(n_rows, rows) * (ceil_div(tiles, multiprocessors) + width / 4096)
+
+    most = max(1, chunk_bytes // (element_size * max(1, vocab_size)) // ROW_TILE)
+    tiles = range(1, min(most, max(1, ceil_div(n_rows, ROW_TILE))) + 1)
+    return min((ROW_TILE * n for n in tiles), key=cost)  # of equals the smallest: it holds the least
+
+
+IN_REGISTERS = 8192
+"""The largest vocabulary of which a program holds a row of logits in registers: read once, written once."""
+
+
+def softmax_launch(n_rows: int, vocab_size: int, target: Target) -> Launch:
+    """One program a row: all of it where it fits into registers, 16 columns a thread, else in blocks of 4096, 8 a thread.
+
+    8 columns a thread are one wide load. With 16 in a loop, maxima, sums and logits take 64 to 92 registers a thread, which leaves
     room for one program on a multiprocessor of sm_100 and spills in float32 on sm_90.
     """
-    block_v = min(next_power_of_2(vocab_size), 4096)
-    return Launch((n_rows,), {"BLOCK_V": block_v}, warps_for(block_v, 8, target))
+    if vocab_size <= IN_REGISTERS:
+        block_v = max(16, next_power_of_2(vocab_size))  # rows are padded to a multiple of 16
+        return Launch((n_rows,), {"BLOCK_V": block_v}, warps_for(block_v, 16, target))
+    return Launch((n_rows,), {"BLOCK_V": 4096}, warps_for(4096, 8, target))
 
 
 def reduce_launch(n_rows: int, target: Target) -> Launch:
@@ -168,10 +215,20 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     torch.addmm(out, a, b, beta=int(add), out=out, **out_dtype)
 
 
-def _outputs(hidden, weight, want_dhidden, want_dweight):
-    """Unwritten loss, factor, W^T dz and Σ dz h^T, all float32; the last two without elements where not wanted."""
-    shapes = ((), (), hidden.shape if want_dhidden else 0, weight.shape if want_dweight else 0)
-    return tuple(torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in shapes)
+def _outputs(hidden, weight, gradient_sum, scale, want_dhidden, want_dweight):
+    """Unwritten loss, factor, W^T dz and Σ dz h^T; the last two without elements where not wanted.
+
+    All are float32; but where dz is scaled from the start W^T dz is the gradient of hidden, in its dtype.
+    """
+    dhidden_dtype = torch.float32 if scale is None else hidden.dtype
+    return (
+        torch.empty((), dtype=torch.float32, device=hidden.device),
+        torch.empty((), dtype=torch.float32, device=hidden.device),
+        torch.empty(hidden.shape if want_dhidden else 0, dtype=dhidden_dtype, device=hidden.device),
+        torch.empty(
+            weight.shape if want_dweight and gradient_sum is None else 0, dtype=torch.float32, device=hidden.device
+        ),
+    )
 
 
 def _launch_loss_head(
@@ -179,19 +236,26 @@ def _launch_loss_head(
     weight: Tensor,
     targets: Tensor,
     compute_weight: Tensor | None,
+    gradient_sum: Tensor | None,
+    scale: Tensor | None,
     ignore_index: int,
     mean: bool,
     want_dhidden: bool,
     want_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, factor, dhidden, dweight = _outputs(hidden, weight, want_dhidden, want_dweight)
+    loss, factor, dhidden, dweight = _outputs(hidden, weight, gradient_sum, scale, want_dhidden, want_dweight)
     n_rows, vocab_size = hidden.shape[0], weight.shape[0]
     device, target = hidden.device, target_of(hidden)
     hidden, targets = dense_rows(hidden), targets.contiguous()
     used_weight = dense_rows(weight.to(hidden.dtype) if compute_weight is None else compute_weight)
     gradient_scale = 2.0**14 if hidden.dtype == torch.float16 else 1.0
+    if scale is not None and mean:
+        scale = scale / (targets != ignore_index).sum().clamp(min=1)
+    sums, fresh = (dweight, True) if gradient_sum is None else (gradient_sum, False)
 
-    rows = max(1, min(chunk_rows(n_rows, vocab_size, hidden.element_size()), n_rows))
+    chunk_bytes = CHUNK_BYTES if want_dweight and gradient_sum is None else CHUNK_BYTES_WITHOUT_DWEIGHT
+    sizes = (n_rows, vocab_size, hidden.shape[1], hidden.element_size())
+    rows = max(1, min(tiled_chunk_rows(*sizes, target.multiprocessors, chunk_bytes), n_rows))
     row_stride = ceil_div(vocab_size, 16) * 16
     logits = torch.empty((rows, row_stride), dtype=hidden.dtype, device=device)
     losses = torch.empty(n_rows, dtype=torch.float32, device=device)
@@ -206,6 +270,7 @@ def _launch_loss_head(
                 logit_ptr=logits.unsqueeze(-1),
                 targets_ptr=targets[start:],
                 losses_ptr=losses[start:],
+                scale_ptr=scale,
                 ignore_index=ignore_index,
                 VOCAB=vocab_size,
                 ROW_STRIDE=row_stride,
@@ -216,7 +281,7 @@ def _launch_loss_head(
             if want_dhidden:
                 _multiply(z, used_weight, out=dhidden[start : start + rows])
             if want_dweight:
-                _multiply(z.T, h, out=dweight, add=start > 0)
+                _multiply(z.T, h, out=sums, add=start > 0 or not fresh)
         launch = reduce_launch(n_rows, target)
         _untraced(_linear_cross_entropy_reduce_kernel, device)[launch.grid](
             losses_ptr=losses,
@@ -238,18 +303,50 @@ def _launch_loss_head(
 
 # Opaque to torch.compile also on a GPU: there is nothing to fuse into cuBLAS's products, and Inductor would take the sum over
 # chunks apart into a product and an addition, with a second dW between them.
-_loss_head = torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", _launch_loss_head, mutates_args=())
+_loss_head = torch.library.custom_op(
+    f"{NAMESPACE}::linear_cross_entropy", _launch_loss_head, mutates_args=("gradient_sum",)
+)
 
 
 @_loss_head.register_fake
 def _fake_loss_head(
-    hidden, weight, targets, compute_weight, ignore_index, mean, want_dhidden, want_dweight
+    hidden,
+    weight,
+    targets,
+    compute_weight,
+    gradient_sum,
+    scale,
+    ignore_index,
+    mean,
+    want_dhidden,
+    want_dweight,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = (want_dhidden, want_dweight)
     if hidden.device.type == "meta" and not INTERPRETED:  # launches are being recorded
-        return _launch_loss_head(
-            hidden, weight, targets, compute_weight, ignore_index, mean, want_dhidden, want_dweight
+        tensors = (hidden, weight, targets, compute_weight, gradient_sum, scale)
+        return _launch_loss_head(*tensors, ignore_index, mean, *wanted)
+    return _outputs(hidden, weight, gradient_sum, scale, *wanted)
+
+
+def _confirm(upstream: Tensor, scale: Tensor) -> None:
+    """Raise unless the gradient that came is the tensor that was said to come. It looks at no number, so it waits for nothing."""
+    if upstream.data_ptr() != scale.data_ptr():
+        raise RuntimeError(
+            "linear_cross_entropy: backward came with another gradient than `scale`, by which the gradients were scaled when "
+            "they were made; call loss.backward(scale) with that very tensor, or leave scale out"
         )
-    return _outputs(hidden, weight, want_dhidden, want_dweight)
+
+
+# A compiled graph has no place for a look at an address: there the gradient passes through an op that takes one.
+@torch.library.custom_op(f"{NAMESPACE}::confirmed", mutates_args=())
+def _confirmed(dhidden: Tensor, upstream: Tensor, scale: Tensor) -> Tensor:
+    _confirm(upstream, scale)
+    return dhidden.clone()
+
+
+@_confirmed.register_fake
+def _fake_confirmed(dhidden, upstream, scale) -> Tensor:
+    return torch.empty_like(dhidden)
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
@@ -265,26 +362,45 @@ class LossHead(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         compute_weight: Tensor | None,
+        gradient_sum: Tensor | None,
+        scale: Tensor | None,
         ignore_index: int,
         mean: bool,
         want_dhidden: bool,
         want_dweight: bool,
     ) -> Tensor:
-        loss, *saved = _loss_head(
-            hidden, weight, targets, compute_weight, ignore_index, mean, want_dhidden, want_dweight
-        )
-        ctx.save_for_backward(*saved)
+        """gradient_sum without scale is not for here: what is added in the forward pass must have its scale by then."""
+        tensors = (hidden, weight, targets, compute_weight, gradient_sum, scale)
+        loss, *saved = _loss_head(*tensors, ignore_index, mean, want_dhidden, want_dweight)
+        ctx.save_for_backward(*saved, scale)
         ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.added = gradient_sum is not None
+        ctx.spent = False
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor):
-        factor, dhidden, dweight = ctx.saved_tensors
+        check_first_derivative("linear_cross_entropy")
+        factor, dhidden, dweight, scale = ctx.saved_tensors
         want_dhidden, want_dweight, *others = ctx.needs_input_grad
         hidden_dtype, weight_dtype = ctx.dtypes
-        dhidden = _scaled(dhidden, upstream, factor, hidden_dtype) if want_dhidden else None
-        dweight = _scaled(dweight, upstream, factor, weight_dtype) if want_dweight else None
+        if scale is None:
+            dhidden = _scaled(dhidden, upstream, factor, hidden_dtype) if want_dhidden else None
+            dweight = _scaled(dweight, upstream, factor, weight_dtype) if want_dweight else None
+            return dhidden, dweight, *(None for _ in others)
+        if torch.compiler.is_compiling():
+            dhidden = _confirmed(dhidden, upstream, scale)
+        else:
+            _confirm(upstream, scale)
+            if ctx.spent:
+                raise RuntimeError(
+                    "linear_cross_entropy: with `scale` given there is one backward pass, and it was made"
+                )
+            ctx.spent = True
+        if not want_dweight or ctx.added:
+            dweight = None
+        elif weight_dtype != torch.float32:
+            dweight = dweight.to(weight_dtype)
         return dhidden, dweight, *(None for _ in others)
 
 

@@ -159,7 +159,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """v0 has no bench, v1 has one that tells its arguments, and the working tree has a broken one."""
+    """v0 has no bench, v1 and v2 have one that tells its arguments, as a file and as a room, and the working tree a broken one."""
     root, temporary = tmp_path / "project", tmp_path / "temporary"
     (root / "bench").mkdir(parents=True)
     temporary.mkdir()
@@ -172,13 +172,21 @@ def repository(tmp_path, monkeypatch):
     git(root, "add", ".")
     git(root, "commit", "-m", "second")
     git(root, "tag", "v1")
-    (root / "bench" / "machine_code.py").write_text("raise SystemExit('of the working tree')")
+    (root / "bench" / "machine_code.py").unlink()
+    (root / "bench" / "machine_code").mkdir()
+    (root / "bench" / "machine_code" / "__init__.py").touch()
+    (root / "bench" / "machine_code" / "__main__.py").write_text(PROGRAM)
+    git(root, "add", ".")
+    git(root, "commit", "-m", "third")
+    git(root, "tag", "v2")
+    (root / "bench" / "machine_code" / "__main__.py").write_text("raise SystemExit('of the working tree')")
     yield root
     assert list(temporary.iterdir()) == []
 
 
-def test_the_program_of_the_commit_runs_with_the_selection_and_its_folder_is_removed(repository):
-    (found,) = rows_at("v1", ["--arch", "sm_90"], Console(quiet=True), repository)
+@pytest.mark.parametrize("revision", ["v1", "v2"])
+def test_the_program_of_the_commit_runs_with_the_selection_and_its_folder_is_removed(repository, revision):
+    (found,) = rows_at(revision, ["--arch", "sm_90"], Console(quiet=True), repository)
     assert found["name"][1:4] == ["--arch", "sm_90", "--json"]
     assert not found["name"][0].startswith(str(repository))
 
@@ -186,9 +194,9 @@ def test_the_program_of_the_commit_runs_with_the_selection_and_its_folder_is_rem
 @pytest.mark.parametrize(
     ("revision", "selection", "message"),
     [
-        ("v2", [], "--diff is 'v2', which names no commit of .*project"),
+        ("v3", [], "--diff is 'v3', which names no commit of .*project"),
         ("--all", [], "--diff is '--all', which names no commit"),
-        ("v0", [], "--diff is 'v0', which has no bench/machine_code.py yet|which has no files"),
+        ("v0", [], "--diff is 'v0', which has no bench.machine_code yet|which has no files"),
         ("v1", ["--bad"], "bench.machine_code --bad fails at v1: AssertionError: no such option"),
     ],
 )

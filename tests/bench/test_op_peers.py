@@ -19,32 +19,32 @@ SMALL = TrainConfig(
     max_seq_len=6, batch_size=2, dim=64, n_heads=4, n_kv_heads=2, ffn_dim=24, vocab_size=256, n_layers=1
 )
 
+HALF_PRECISION_ONLY = {"sdpa-flash", "sdpa-cudnn", "varlen"} if DEVICE == CUDA else set()
+
 needs_kernels = pytest.mark.skipif(not (INTERPRETED or DEVICE == CUDA), reason="needs a GPU or the interpreter")
 
 
-def case_of(op):
+def case_of(op, dtype=torch.float32):
     torch.manual_seed(0)
-    return CASES[op](SMALL, torch.float32, DEVICE)
+    return CASES[op](SMALL, dtype, DEVICE)
 
 
-def results(function, case, arguments=()):
+def results(function, case):
     """Outputs and gradients; of an op that returns nothing, the buffers that it leaves."""
-    arguments = arguments or case.arguments
-    outputs = function(*arguments, **case.keywords)
+    outputs = function(*case.arguments, **case.keywords)
     if outputs is None:
-        return [x for x in arguments if x is not None and x.ndim]
+        return [x for x in case.arguments if x is not None and x.ndim]
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.manual_seed(1)
     upstream = [torch.randn(y.shape, device=y.device, dtype=y.dtype) for y in outputs]
-    wanted = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
+    return [*outputs, *torch.autograd.grad(outputs, case.wanted, upstream)]
 
 
-def check_same(op, make, liger_arguments=False):
-    expected = results(PEERS[op]["eager"].make(case_of(op)), case_of(op))
-    case = case_of(op)
-    actual = results(make(case), case, case.liger_arguments if liger_arguments else ())
-    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+def check_same(op, make, dtype=torch.float32):
+    expected = results(PEERS[op]["eager"].make(case_of(op, dtype)), case_of(op, dtype))
+    case = case_of(op, dtype)
+    actual = results(make(case), case)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     if op == "adamw":  # one update moves a parameter by 1e-4, and weight decay by 1e-5 of itself
         tolerance = {"rtol": 1e-6, "atol": 1e-6}
     for a, e in zip(actual, expected, strict=True):
@@ -65,7 +65,8 @@ def test_peers_that_run_here_compute_what_the_twin_computes(op):
     here = [v for v in PEERS[op] if v not in ("eager", "compiled", "triton") and not why_absent(op, v, DEVICE)]
     assert len(here) >= 1
     for variant in here:
-        check_same(op, PEERS[op][variant].make)
+        dtype = torch.bfloat16 if variant in HALF_PRECISION_ONLY else torch.float32
+        check_same(op, PEERS[op][variant].make, dtype=dtype)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -96,7 +97,7 @@ def test_flex_attention_computes_what_the_twin_computes(op, monkeypatch):
 @pytest.mark.parametrize("op", [op for op in PEERS if "liger" in PEERS[op]])
 def test_liger_computes_what_the_twin_computes(op):
     pytest.importorskip("liger_kernel")
-    check_same(op, PEERS[op]["liger"].make, liger_arguments=bool(case_of(op).liger_arguments))
+    check_same(op, PEERS[op]["liger"].make)
 
 
 def test_documents_laid_end_to_end():
@@ -198,15 +199,6 @@ def test_what_fails_fails_when_it_is_made(monkeypatch):
     put(monkeypatch, "swiglu", function)
     with pytest.raises(RuntimeError, match="no kernel"):
         Contender("swiglu", "eager", case_of("swiglu"))
-
-
-def test_liger_is_called_with_arguments_laid_out_for_it(monkeypatch):
-    seen = []
-    monkeypatch.setattr(liger, "ops", lambda: {"rope": lambda *arguments: seen.append(arguments) or arguments[:2]})
-    case = case_of("rope")
-    Contender("rope", "liger", case)
-    assert all(given is wanted for given, wanted in zip(seen[0], case.liger_arguments, strict=True))
-    assert seen[0][0].is_contiguous()
 
 
 def test_torchs_update_writes_the_copies_too():

@@ -110,8 +110,8 @@ def named(result):
 FAULTS = {
     "swiglu@1, output": ("swiglu@1", 1, {"swiglu": wrong("swiglu", forward=1.001)}),
     "swiglu@1, gradient": ("swiglu@1", 1, {"swiglu": wrong("swiglu", backward=1.001)}),
-    "rope@0, gradient of k": ("rope@0", 0, {"rope": wrong("rope", 1, backward=1.001)}),
-    "rope@2, q": ("rope@2", 2, {"rope": wrong("rope", 0, forward=1.001)}),
+    "rope@0, gradient of qkv": ("rope@0", 0, {"rope": wrong("rope", 0, backward=1.001)}),
+    "rope@2, q": ("rope@2", 2, {"rope": wrong("rope", forward=1.001)}),
     "attention@2, output": ("attention@2", 2, {"attention": wrong("attention", forward=1.001)}),
     "attention@1, gradient of q": ("attention@1", 1, {"attention": wrong("attention", 0, backward=0.999)}),
     "rms_norm@0, the first norm": ("rms_norm@0", 0, {"rms_norm": wrong("rms_norm", forward=1.001)}),

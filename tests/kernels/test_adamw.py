@@ -144,7 +144,8 @@ def test_the_bias_correction_is_exact_from_the_first_update_on(step, beta2):
             arguments[name].fill_(1.0)
         op(**arguments, **OPTIONS | {"n_decayed": 4, "beta2": beta2, "eps": 0.0})
         expected = -((1 - beta2 ** (step + 1)) ** 0.5) / (1 - OPTIONS["beta1"] ** (step + 1))
-        assert arguments["values"].double() == pytest.approx(expected, rel=3e-7, abs=0)
+        # 1e-6: a GPU's square root and division are within 2 ulp each; with 1 - beta2 in float32 it would be 1e-5
+        assert arguments["values"].tolist() == pytest.approx([expected] * 4, rel=1e-6, abs=0)
 
 
 def test_hundreds_of_updates_do_not_bend_the_moments_one_way():
@@ -266,32 +267,32 @@ def test_a_captured_update_reads_what_the_device_holds_when_it_is_replayed():
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
+def zeros(*shape, **options):
+    return torch.zeros(shape, **{"device": kt.DEVICE} | options)
+
+
 @pytest.mark.parametrize("op", [adamw_triton, adamw_torch])
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"values": torch.zeros(4, 5)}, r"values has shape \(4, 5\), wanted \(N\)"),
-        ({"values": torch.zeros(20, dtype=FP16)}, "values has dtype torch.float16, wanted torch.float32"),
-        ({"gradients": torch.zeros(21)}, r"gradients has shape \(21,\), wanted \(20\)"),
-        ({"exp_avg": torch.zeros(20, dtype=BF16)}, "exp_avg has dtype torch.bfloat16, wanted torch.float32"),
-        ({"exp_avg_sq": torch.zeros(20, device="meta")}, "exp_avg_sq is on meta, wanted"),
-        ({"gradients": torch.zeros(40)[::2]}, "gradients has stride 2, wanted a dense tensor"),
-        ({"copies": torch.zeros(21, dtype=FP16)}, "copies has 21 elements, wanted at most 20"),
-        ({"copies": torch.zeros(10)}, "copies has dtype torch.float32, wanted torch.bfloat16 or torch.float16"),
-        ({"copies": torch.zeros(20, dtype=FP16)[::2]}, "copies has stride 2, wanted a dense tensor"),
+        ({"values": zeros(4, 5)}, r"values has shape \(4, 5\), wanted \(N\)"),
+        ({"values": zeros(20, dtype=FP16)}, "values has dtype torch.float16, wanted torch.float32"),
+        ({"gradients": zeros(21)}, r"gradients has shape \(21,\), wanted \(20\)"),
+        ({"exp_avg": zeros(20, dtype=BF16)}, "exp_avg has dtype torch.bfloat16, wanted torch.float32"),
+        ({"exp_avg_sq": zeros(20, device="meta")}, "exp_avg_sq is on meta, wanted"),
+        ({"gradients": zeros(40)[::2]}, "gradients has stride 2, wanted a dense tensor"),
+        ({"copies": zeros(21, dtype=FP16)}, "copies has 21 elements, wanted at most 20"),
+        ({"copies": zeros(10)}, "copies has dtype torch.float32, wanted torch.bfloat16 or torch.float16"),
+        ({"copies": zeros(20, dtype=FP16)[::2]}, "copies has stride 2, wanted a dense tensor"),
         ({"lr": 0.1}, "lr is a float, wanted a tensor"),
-        ({"factor": torch.ones(1)}, r"factor has shape \(1,\), wanted \(\)"),
-        ({"skip": torch.tensor(False)}, "skip has dtype torch.bool, wanted torch.float32"),
-        ({"step": torch.tensor(1)}, "step has dtype torch.int64, wanted torch.float32"),
+        ({"factor": zeros(1)}, r"factor has shape \(1,\), wanted \(\)"),
+        ({"skip": zeros(dtype=torch.bool)}, "skip has dtype torch.bool, wanted torch.float32"),
+        ({"step": zeros(dtype=torch.int64)}, "step has dtype torch.int64, wanted torch.float32"),
         ({"n_decayed": 21}, "n_decayed is 21, wanted 0 to 20"),
         ({"n_decayed": -1}, "n_decayed is -1, wanted 0 to 20"),
     ],
 )
 def test_bad_input_is_refused_with_what_came_and_what_was_wanted(op, changed, message):
-    changed = {
-        name: x.to(kt.DEVICE) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
-        for name, x in changed.items()
-    }
     with pytest.raises(ValueError, match=f"adamw: {message}"):
         op(**start(20, 10) | OPTIONS | {"n_decayed": 10} | changed)
 

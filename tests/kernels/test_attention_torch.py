@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import TORCH
+from kernels.attention import op as attention_op
 
 
 def inputs(b=2, t=9, h=4, hkv=2, d=8, dtype=torch.float32, seed=0):
@@ -48,6 +51,49 @@ def test_output_and_gradients_agree_with_the_equations(t, d, h, hkv, packed):
     right = torch.autograd.grad(wanted, (q, k, v), do.double())
     for x, y in zip(got, right, strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("d", "passed"), [(36, 40), (64, 64)])
+def test_a_mask_on_a_gpu_is_given_what_the_memory_efficient_form_takes(monkeypatch, d, passed):
+    """As many heads of keys as of queries, and head dims in multiples of 8. On the meta device, which is no CPU either."""
+    given, sdpa = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        given.append((q.shape, k.shape, v.shape, options.get("enable_gqa", False)))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    q, k, v = (x.detach().to("meta") for x in inputs(2, 9, 4, 2, d))
+    first_key = documents(2, 9).to("meta")
+    assert TORCH.attention(q, k, v, first_key).shape == q.shape
+    assert given == [((2, 4, 9, passed),) * 3 + (False,)]
+
+
+@pytest.mark.parametrize(("h", "hkv", "d"), [(4, 2, 36), (4, 4, 20), (6, 2, 16)])
+def test_the_form_of_a_gpu_computes_what_the_cpus_does(h, hkv, d):
+    q, k, v = inputs(2, 9, h, hkv, d)
+    position = torch.arange(9)
+    mask = (position >= documents(2, 9).unsqueeze(-1)) & (position <= position.unsqueeze(-1))
+    o = attention_op._masked_on_a_gpu(*(x.transpose(1, 2) for x in (q, k, v)), mask.unsqueeze(1)).transpose(1, 2)
+    wanted = TORCH.attention(q, k, v, documents(2, 9))
+    torch.testing.assert_close(o, wanted)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    for x, y in zip(torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(wanted, (q, k, v), do), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("h", "hkv", "d"), [(4, 2, 36), (8, 2, 64), (4, 4, 20)])
+def test_the_memory_efficient_form_serves_any_heads_with_a_mask(h, hkv, d, dtype):
+    q, k, v = (x.detach().cuda().requires_grad_() for x in inputs(2, 33, h, hkv, d, dtype))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # and no other: where it can't serve, this raises
+        o = TORCH.attention(q, k, v, documents(2, 33).cuda())
+        o.sum().backward()
+    wanted = exact(q.cpu(), k.cpu(), v.cpu(), documents(2, 33))
+    assert (o.cpu().double() - wanted).norm() / wanted.norm() < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -32,11 +32,11 @@ sys.modules["triton"] = None  # what an import finds where it is not installed
 import torch
 from kernels import rms_norm, rope, swiglu
 x, table = torch.ones(2, 8), torch.ones(3, 4)
-q = torch.ones(2, 3, 1, 8)
+qkv = torch.ones(2, 3, 3 * 8)
 arguments = {
     "rms_norm": (rms_norm.rms_norm_torch, rms_norm.rms_norm_triton, (x, x[0], 1e-5)),
     "add_rms_norm": (rms_norm.add_rms_norm_torch, rms_norm.add_rms_norm_triton, (x, x, x[0], 1e-5)),
-    "rope": (rope.rope_torch, rope.rope_triton, (q, q, table, table)),
+    "rope": (rope.rope_torch, rope.rope_triton, (qkv, table, table, 1, 1)),
     "swiglu": (swiglu.swiglu_torch, swiglu.swiglu_triton, (x,)),
 }
 for op, (torch_op, triton_op, args) in arguments.items():
@@ -103,11 +103,11 @@ for module in (rms_norm, rope, swiglu):
     module.check_usable = lambda *_: None
     module.target_of = lambda _: launch.TARGETS["sm_90"]
 
-def function(x, residual, weight, table):
+def function(x, residual, weight, cos, sin):
     y, summed = rms_norm.add_rms_norm_triton(x, residual, weight, 1e-5)
     y = rms_norm.rms_norm_triton(y, weight, 1e-5)
-    q, k = rope.rope_triton(y.unflatten(-1, (4, 16)), summed.unflatten(-1, (4, 16)), table, table)
-    return swiglu.swiglu_triton(q.flatten(2)) + swiglu.swiglu_triton(k.flatten(2))
+    q, k, v = rope.rope_triton(y + summed, cos, sin, 2, 1)
+    return swiglu.swiglu_triton(q.flatten(2)).sum() + swiglu.swiglu_triton(k.flatten(2)).sum() + v.sum()
 
 class Seen(BaseException):
     pass
@@ -119,7 +119,7 @@ def seen(graph, inputs):
 
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
-inputs = [torch.empty(2, 3, 64, requires_grad=True), torch.empty(2, 3, 64), torch.ones(64), torch.ones(3, 8)]
+inputs = [torch.empty(2, 3, 64, requires_grad=True), torch.empty(2, 3, 64), torch.ones(64), *torch.ones(2, 3, 8)]
 for dynamic in (False, True):
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=seen, bw_compiler=seen, partition_fn=default_partition)

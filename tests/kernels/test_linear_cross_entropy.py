@@ -54,8 +54,8 @@ def chunks_of(monkeypatch):
     """Makes chunks of so many rows."""
 
     def set_rows(rows):
-        for module in (file, kernel_file):
-            monkeypatch.setattr(module, "chunk_rows", lambda n_rows, vocab_size, element_size: rows)
+        monkeypatch.setattr(file, "chunk_rows", lambda *sizes: rows)
+        monkeypatch.setattr(kernel_file, "tiled_chunk_rows", lambda *sizes: rows)
 
     return set_rows
 

@@ -244,6 +244,19 @@ def test_compiles_into_one_graph(op_name, dynamic):
     kt.assert_compiles(both(op_name), cases, "aot_eager", dynamic, exact=op_name == "triton")
 
 
+def test_the_width_is_a_number_in_a_graph_of_any_batch():
+    """On a GPU torch 2.11 normalizes over a width that is no number: it takes the symbol's address."""
+    widths = []
+
+    def backend(graph, _):
+        widths.extend(node.args[1][0] for node in graph.graph.nodes if "rms_norm" in str(node.target))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(both("torch"), backend=backend, fullgraph=True, dynamic=True)(*case(4))
+    assert widths == [36, 36]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op_name", ["torch", "triton"])
 def test_inductor_compiles_it_into_one_graph(op_name):

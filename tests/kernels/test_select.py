@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
-from kernels.grammar import LAYER_SWITCHES, OUT_SWITCHES, SWITCHES, parse
+from kernels.grammar import LAYER_SWITCHES, OUT_SWITCHES, RUN_SWITCHES, SWITCHES, of_run, parse
 
 OP_NAMES = [field.name for field in fields(kernels.Ops)]
 N_LAYERS = 4
@@ -19,10 +19,10 @@ N_LAYERS = 4
 
 
 def by_hand(items: list[tuple[str, str | None]], n_layers: int) -> list[set[str]]:
-    """The rules, spelled out place by place: items are (word, place)."""
-    chosen = [set() for _ in range(n_layers + 1)]
+    """The rules, spelled out place by place: items are (word, place). Behind the last place stands the run."""
+    chosen = [set() for _ in range(n_layers + 2)]
     for i, here in enumerate(chosen):
-        occurs = OUT_SWITCHES if i == n_layers else LAYER_SWITCHES
+        occurs = [*[LAYER_SWITCHES] * n_layers, OUT_SWITCHES, RUN_SWITCHES][i]
         for word, place in items:
             if place is None:
                 covered = True
@@ -56,7 +56,7 @@ def valid_items(draw):
 @given(items=st.lists(valid_items(), min_size=1, max_size=6), blank=st.sampled_from(["", " ", "\t "]))
 def test_a_selection_means_what_its_items_say_in_order(items, blank):
     spec = ",".join(blank + word + (f"{blank}@{blank}{place}" if place else "") + blank for word, place in items)
-    assert parse(spec, N_LAYERS) == by_hand(items, N_LAYERS)
+    assert [*parse(spec, N_LAYERS), of_run(spec, N_LAYERS)] == by_hand(items, N_LAYERS)
 
 
 @given(spec=st.text(alphabet="alnoeropsw_igutk@-,0129 \t٣²", max_size=20), n_layers=st.integers(1, 12))
@@ -64,7 +64,10 @@ def test_any_text_is_a_selection_or_a_value_error(spec, n_layers):
     try:
         chosen = parse(spec, n_layers)
     except ValueError:
+        with pytest.raises(ValueError, match="kernels"):
+            of_run(spec, n_layers)
         return
+    assert of_run(spec, n_layers) <= set(RUN_SWITCHES)
     assert len(chosen) == n_layers + 1
     assert all(here <= set(LAYER_SWITCHES) for here in chosen[:-1])
     assert chosen[-1] <= set(OUT_SWITCHES)
@@ -77,7 +80,7 @@ def test_any_text_is_a_selection_or_a_value_error(spec, n_layers):
         ("all", [set(LAYER_SWITCHES)] * 3, set(OUT_SWITCHES)),
         ("all,-rope@0-1", [set(LAYER_SWITCHES) - {"rope"}] * 2 + [set(LAYER_SWITCHES)], set(OUT_SWITCHES)),
         ("attention@1-2,swiglu", [{"swiglu"}] + [{"attention", "swiglu"}] * 2, set()),
-        ("all,-rms_norm@out", [set(LAYER_SWITCHES)] * 3, {"linear_cross_entropy"}),
+        ("all,-rms_norm@out", [set(LAYER_SWITCHES)] * 3, {"embedding", "linear_cross_entropy"}),
         ("rms_norm", [{"rms_norm"}] * 3, {"rms_norm"}),
         ("rms_norm@out", [set()] * 3, {"rms_norm"}),
         ("linear_cross_entropy", [set()] * 3, {"linear_cross_entropy"}),
@@ -126,19 +129,43 @@ def test_examples(spec, layers, out):
         ("rope@1.0", "place '1.0' is not a layer"),
         ("rope@²", "place '²' is not a layer"),
         ("rope@٣", "place '٣' is not a layer"),
-        ("rope@out", "kernels item 'rope@out': rope does not occur at out, which has linear_cross_entropy, rms_norm"),
+        (
+            "rope@out",
+            "kernels item 'rope@out': rope does not occur at out, which has embedding, linear_cross_entropy, rms_norm",
+        ),
         ("-attention@out", "attention does not occur at out"),
         (
             "linear_cross_entropy@1",
             "linear_cross_entropy does not occur at layer 1, which has attention, rms_norm, rope, swiglu",
         ),
         ("-linear_cross_entropy@0-2", "linear_cross_entropy does not occur at layer 0"),
+        ("adamw@1", "kernels item 'adamw@1': adamw is of the whole run and takes no place; write adamw"),
+        ("-adamw@out", "adamw is of the whole run and takes no place; write -adamw"),
+        ("adamw@", "adamw is of the whole run and takes no place"),
     ],
 )
 def test_each_mistake_is_named_with_what_is_allowed(spec, message):
     with pytest.raises(ValueError, match="kernels") as caught:
         parse(spec, 3)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "on"),
+    [
+        ("all", True),
+        ("none", False),
+        ("adamw", True),
+        ("swiglu", False),
+        ("all,-adamw", False),
+        ("all,-rope,-adamw,adamw", True),
+        ("all,none", False),
+        ("adamw,none@0-2,none@out", True),
+        ("all@0-2,all@out", False),
+    ],
+)
+def test_the_update_is_turned_by_its_name_and_by_all_and_none_without_a_place(spec, on):
+    assert of_run(spec, 3) == ({"adamw"} if on else set())
 
 
 def test_the_last_layer_of_a_model_of_one_is_layer_0():
@@ -151,7 +178,7 @@ def test_the_last_layer_of_a_model_of_one_is_layer_0():
 
 
 def test_the_switches_are_the_ops():
-    assert set(OP_NAMES) == {*SWITCHES, "add_rms_norm"}
+    assert set(OP_NAMES) == {*SWITCHES, "add_rms_norm"} - set(RUN_SWITCHES)
 
 
 @pytest.mark.parametrize("op", OP_NAMES)
@@ -179,6 +206,11 @@ def test_a_switch_turns_its_ops_and_no_other(switch):
     assert ops[0] == ops[2] == kernels.TORCH
     for op in OP_NAMES:
         assert getattr(ops[1], op) is getattr(kernels.TRITON if op in turned else kernels.TORCH, op)
+
+
+def test_a_switch_of_the_run_turns_no_op():
+    assert kernels.select("adamw", 2) == kernels.select("none", 2)
+    assert kernels.select("all,-adamw", 2) == kernels.select("all", 2)
 
 
 def test_equal_places_share_one_set_of_ops():

@@ -64,7 +64,7 @@ def test_costs_of_a_step_by_hand():
     costs = {cost.op: cost for cost in step_costs(config, micro_batch=2, micro_steps=3, activation_bytes=2)}
     m = 8  # tokens of a micro-step
     assert costs["swiglu"].bytes == 3 * m * (32 + 16 + 16 + 32 + 32) * 2
-    assert costs["rope"].bytes == 3 * m * (8 + 4) * 4 * 2
+    assert costs["rope"].bytes == 3 * m * (2 * (8 + 4) + 2 * (8 + 2 * 4)) * 2
     assert costs["rms_norm"].bytes == 3 * m * 8 * 2 * (5 + 2 * 8)
     shapes = [(8, 16), (8, 8), (8, 32), (16, 8)]  # wqkv, wo, w_gate_up, w_down
     by_hand = 0

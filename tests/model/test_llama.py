@@ -64,7 +64,7 @@ def plain_forward(model, tokens, first_key=None):
         y = torch.complex(first, second) * turn[None, :, None]
         return torch.cat([y.real, y.imag], dim=-1)
 
-    x = w["embedding"][tokens]
+    x = w["embedding.weight"][tokens]
     for i in range(c.n_layers):
         p = f"layers.{i}."
         h = norm(x, w[p + "attention_norm"]) @ w[p + "wqkv.weight"].T
@@ -83,7 +83,7 @@ def plain_forward(model, tokens, first_key=None):
         x = x + out.flatten(-2) @ w[p + "wo.weight"].T
         gate, up = (norm(x, w[p + "ffn_norm"]) @ w[p + "w_gate_up.weight"].T).chunk(2, dim=-1)
         x = x + (gate * torch.sigmoid(gate) * up) @ w[p + "w_down.weight"].T
-    return norm(x, w["final_norm"]) @ w.get("head", w["embedding"]).T
+    return norm(x, w["final_norm"]) @ w.get("head.weight", w["embedding.weight"]).T
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
@@ -163,7 +163,7 @@ def test_a_weight_gradient_is_not_rounded_to_half_precision():
     tokens, targets = batch()
     model(tokens, targets).backward()
     for name, p in model.named_parameters():
-        if p.ndim == 2 and name != "embedding":
+        if p.ndim == 2 and name != "embedding.weight":
             assert not torch.equal(p.grad, p.grad.bfloat16().float()), name
 
 

@@ -1,7 +1,7 @@
 """A loss curve of 50 steps that is committed: a refactor that should change nothing must reproduce it.
 
 On the kind of machine that wrote it, to the bit; elsewhere, where other instructions sum in another order, within a tight
-bound. After a change that is meant to move the numbers: `python -m tests.test_golden_loss` writes it anew.
+bound. After a change that is meant to move the numbers: `python -m tests.programs.test_golden_loss` writes it anew.
 """
 
 import json

@@ -15,7 +15,7 @@ from tests.support.run_testing import TINY, Result, arguments, finish, records, 
 from training import evaluation
 from training import run_folder as checkpoint_folder
 from training.checkpoint import files as checkpoint
-from training.config import from_toml, parse
+from training.command_line import from_toml, parse
 from training.data.tokenizer import Tokenizer
 from training.step import readback
 from training.step import trainer as step
@@ -138,10 +138,10 @@ def test_packed_documents_are_masked_and_their_mean_length_is_told(run, tmp_path
     assert masked == pytest.approx(losses, rel=0.05)
 
 
-def test_kernels_run_in_the_interpreter_where_it_is_asked_for(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_kernels_run_in_the_interpreter_where_it_is_asked_for(run, tmp_path, text):
     assert "kernels none" in run(max_iters=2).out
-    result = run(max_iters=2, kernels="swiglu@0", out_dir=tmp_path / "kernels")
+    options = {"max_iters": 2, "kernels": "swiglu@0", "out_dir": tmp_path / "kernels"}
+    result = finish(start("train.py", arguments(**TINY | text | options), TRITON_INTERPRET="1"))
     assert "kernels swiglu@0" in result.out
     plain, fused = (records(tmp_path / name, "step") for name in ("out", "kernels"))
     assert [line["loss"] for line in fused] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
@@ -330,7 +330,15 @@ def test_a_signal_saves_and_ends_the_run_well(tmp_path, text, number):
     assert (out_dir / "loss.png").exists()
 
 
-def test_a_second_signal_does_what_it_always_did():
+@pytest.fixture
+def ctrl_c_raises():
+    """As Python has it at its start, unless what started this process ignores Ctrl-C, as a shell does for its background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_does_what_it_always_did(ctrl_c_raises):
     with train.StopSignal() as stop:
         assert not stop.asked
         signal.raise_signal(signal.SIGINT)

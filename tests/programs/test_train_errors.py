@@ -10,7 +10,6 @@ import torch
 
 from tests.support import run_testing
 from tests.support.run_testing import ROOT, Result
-from training.config import TrainConfig
 
 BEFORE_TORCH = [
     ("--help", 0, ""),
@@ -22,11 +21,8 @@ BEFORE_TORCH = [
     ("--dim 120", 2, "odd head dim, 15"),
     ("--vocab-size 255", 2, "--vocab-size is 255; it must be from 256"),
     ("--kernels foo", 2, "unknown switch 'foo'; allowed: all, none"),
-    (
-        "--fused --device cpu",
-        2,
-        "Leave it off for plain PyTorch (--kernels none, --optimizer adamw), or set TRITON_INTERPRET=1",
-    ),
+    ("--kernels all --device cpu", 2, "Leave it off for plain PyTorch (--kernels none), or set TRITON_INTERPRET=1"),
+    ("--optimizer fused-adamw", 2, "--optimizer fused-adamw is now --kernels adamw"),
     ("--config nowhere.toml", 2, "nowhere.toml could not be read: No such file"),
     ("--init-from resume --out-dir nowhere", 2, "there is no checkpoint 'last' in nowhere, which is no folder"),
     (f"--out-dir {__file__}/out", 2, "cannot be written: Not a directory"),
@@ -170,17 +166,3 @@ def test_a_dtype_that_the_device_does_not_have_is_refused(run, monkeypatch):
 def test_a_gpu_that_is_not_there_is_refused(run, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(run(device=device), f"--device is {device}, and PyTorch .* finds no GPU; allowed here: auto, cpu")
-
-
-def test_kernels_where_torch_finds_no_gpu_name_the_two_ways_on(monkeypatch):
-    """A driver without a GPU that torch can use: seen only after torch is imported."""
-    from training.device import resolve_device
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"no GPU was found\. Leave it off .*TRITON_INTERPRET=1"):
-        resolve_device(TrainConfig(fused=True))
-    monkeypatch.setenv("TRITON_INTERPRET", "yes")
-    assert resolve_device(TrainConfig(fused=True)) == torch.device("cpu")
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert resolve_device(TrainConfig(fused=True, kernels="none")) == torch.device("cpu")

@@ -1,6 +1,7 @@
 """Whole runs of the programs, small enough for a second each: what the tests of the command line share."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -127,6 +128,18 @@ def records(out_dir: Path, kind: str) -> list[dict]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
     return [line for line in lines if line["kind"] == kind]
+
+
+def edit_config(checkpoint: Path, **options: str) -> None:
+    """Give options other values, as TOML spells them, in a checkpoint's config.toml, as if it had been saved so."""
+    path, manifest = checkpoint / "config.toml", checkpoint / "manifest.json"
+    lines = [line.partition(" = ") for line in path.read_text().splitlines()]
+    assert set(options) <= {name for name, _, _ in lines}
+    path.write_text("".join(f"{name} = {options.get(name, value)}\n" for name, _, value in lines))
+    sealed = json.loads(manifest.read_text())
+    content = path.read_bytes()
+    sealed["files"]["config.toml"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_text(json.dumps(sealed))
 
 
 def state(checkpoint: Path) -> dict:

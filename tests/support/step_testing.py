@@ -4,6 +4,7 @@ import torch
 
 import kernels
 from model import Llama
+from tests.support import kernel_testing as kt
 from training.config import TrainConfig
 from training.distributed import World
 from training.step.trainer import Trainer
@@ -11,15 +12,16 @@ from training.step.trainer import Trainer
 TINY = {"vocab_size": 300, "max_seq_len": 32, "dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96}
 
 
-def make_trainer(dtype=torch.float32, spec="none", seed=0, **options) -> Trainer:
-    """A fresh model and optimizer; options as in training/config.py."""
+def make_trainer(dtype=torch.float32, spec="none", seed=0, device="cpu", **options) -> Trainer:
+    """A fresh model, the same on every device, and its optimizer; options as in training/config.py."""
     config = TrainConfig(**TINY | options)
     torch.manual_seed(seed)
-    return Trainer(Llama(config.shape(), kernels.select(spec, config.n_layers), dtype), config, World())
+    model = Llama(config.shape(), kernels.select(spec, config.n_layers), dtype)
+    return Trainer(model.to(device), config, World())
 
 
 def micro_batches(step: int, count: int = 2, rows: int = 4, length: int = 32):
-    """Micro-batches of a step: sequences that count up modulo something, so that there is something to learn."""
+    """Micro-batches of a step, on the CPU: sequences that count up modulo something, so that there is something to learn."""
     generator = torch.Generator().manual_seed(step)
     first = torch.randint(300, (count * rows, 1), generator=generator)
     stride = torch.randint(1, 4, (count * rows, 1), generator=generator)
@@ -27,11 +29,16 @@ def micro_batches(step: int, count: int = 2, rows: int = 4, length: int = 32):
     return [(t[:, :-1], t[:, 1:], None) for t in tokens.split(rows)]
 
 
+def to_device(batches):
+    """Micro-batches where kernels are tested: on the GPU, where there is one."""
+    return [(tokens.to(kt.DEVICE), targets.to(kt.DEVICE), first_key) for tokens, targets, first_key in batches]
+
+
 def train(trainer: Trainer, steps: int, lr: float = 1e-3, **batch) -> list[float]:
     """Losses of so many steps from step 0."""
-    losses, device = [], trainer.model.cos.device
+    losses = []
     for step in range(steps):
-        batches = [(t.to(device), y.to(device), f) for t, y, f in micro_batches(step, **batch)]
+        batches = micro_batches(step, **batch)
         valid = sum(int((targets != -100).sum()) for _, targets, _ in batches)
         losses.append(trainer.step(batches, valid, lr).loss.item())
     return losses

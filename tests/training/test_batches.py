@@ -24,8 +24,8 @@ def open_tokens(tmp_path_factory):
     def open_tokens(ids):
         folder = tmp_path_factory.mktemp("shards")
         tokenizer = SimpleNamespace(vocab_size=1000, bos_id=BOS, hash="00" * 32)
-        writer = shards._ShardWriter(folder, "train", tokenizer)
-        writer.append(shards._Encoded(np.array(ids, "<u2"), max(1, list(ids).count(BOS)), len(ids)))
+        writer = shards.ShardWriter(folder, "train", tokenizer)
+        writer.append(shards.Encoded(np.array(ids, "<u2"), max(1, list(ids).count(BOS)), len(ids)))
         return TokenShards("the train split of a test", [folder / name for name in writer.close()], tokenizer)
 
     return open_tokens
@@ -114,8 +114,25 @@ def test_rows_beyond_the_batch_are_a_bug(counting):
         make(counting).sequences(0, 2, 3)
 
 
+@pytest.mark.parametrize(("count", "world_size"), [(1, 1), (4, 1), (4, 2), (4, 4)])
+def test_micro_batches_of_all_processes_are_the_global_batch(open_tokens, count, world_size):
+    batches = make(open_tokens([BOS, *range(2, 9)] * 12), per_step=8)
+    of_ranks = [
+        batches.micro_batches(3, count, rank=rank, world_size=world_size, with_first_key=True)
+        for rank in range(world_size)
+    ]
+    assert [len(mine) for mine in of_ranks] == [count // world_size] * world_size
+    whole = batches.sequences(3, 0, 8, with_first_key=True)
+    for name in Batch._fields:
+        parts = [getattr(batch, name) for mine in of_ranks for batch in mine]
+        assert {len(part) for part in parts} == {8 // count}
+        assert torch.equal(torch.cat(parts), getattr(whole, name))
+    assert batches.micro_batches(3, count)[0].first_key is None
+
+
 def test_steps_per_epoch(counting):
     assert make(counting).steps_per_epoch == 3.5
+    assert make(counting).tokens_per_step == 28
 
 
 @given(st.lists(st.sampled_from([BOS, 5, 6]), min_size=29, max_size=60))

@@ -9,7 +9,8 @@ import pytest
 
 from model.config import PRESETS, LlamaConfig
 from training import config as config_module
-from training.config import RUNS, TrainConfig, defaults, from_toml, parse, to_toml
+from training.command_line import from_toml, parse, to_toml
+from training.config import RUNS, TrainConfig, defaults
 from training.errors import UserError
 
 REFERENCE_NAMES = """

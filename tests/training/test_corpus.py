@@ -360,7 +360,7 @@ def test_few_parts_are_spread_over_the_source(tmp_path, monkeypatch):
 
 def test_importing_the_data_path_imports_nothing_heavy():
     code = (
-        "import sys, training.data.corpus, training.data.tokenizer, training.data.shards;"
+        "import sys, training.data.corpus, training.data.tokenizer, training.data.prepare;"
         "print({'torch', 'sentencepiece', 'pyarrow', 'huggingface_hub', 'rich'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,3 +1,6 @@
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -37,7 +40,7 @@ def test_what_decays_and_what_has_a_copy_comes_first():
     assert set(ranks) == {0, 1, 2}
     vectors = [start for name, start in flat.starts.items() if model.get_parameter(name).ndim == 1]
     assert flat.n_decayed == min(vectors)
-    assert len(flat.copies) == flat.starts["embedding"]
+    assert len(flat.copies) == flat.starts["embedding.weight"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -85,6 +88,34 @@ def test_products_add_to_the_gradients_what_autograd_would(dtype, compiled):
         alone(tokens, tokens).backward()
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_what_is_bound_does_not_travel_with_a_copy_of_the_model(copied):
+    model, _, flat = make(torch.bfloat16, tie_embeddings=False)
+    other = copied(model)
+    tokens = torch.randint(300, (2, 8))
+    model(tokens, tokens).backward()
+    other(tokens, tokens).backward()
+    before = flat.gradients.clone()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    for weight in other.weights().values():
+        assert weight.gradient_sum is None
+        if weight.compute_weight is not None:  # its own, and no larger than it is
+            assert weight.compute_weight.untyped_storage().nbytes() == weight.compute_weight.nbytes
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    other.refresh_compute_weights()
+    assert torch.equal(flat.gradients, before)
+    assert all(
+        torch.equal(w.compute_weight, w.weight.bfloat16())
+        for n, w in model.weights().items()
+        if n in model.compute_copies()
+    )
 
 
 def test_no_shape_needs_memory():

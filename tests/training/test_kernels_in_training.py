@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import kernels
+from tests.support import kernel_testing as kt
 from tests.support.step_testing import make_trainer, micro_batches, train
 
 SHAPE = {"dim": 32, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 48, "max_seq_len": 16}
 BATCH = {"count": 1, "rows": 4, "length": 16}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Float32 kernels differ from the twins by the order of their sums; 50 steps of learning amplify it to a few 1e-7 of the loss.
 # Float16 rounds each activation, and two orders of the same arithmetic part by about its precision. Measured in the interpreter:
@@ -22,16 +22,15 @@ MOVED = {torch.float32: 2e-5, torch.float16: 3e-2}
 
 def run(spec, dtype=torch.float32, steps=50, change=None, **options):
     """Losses of a run, and the parameters at its end. change: ops that replace those of layer 1."""
-    with torch.device(DEVICE):
-        trainer = make_trainer(dtype, spec, **SHAPE | options)
-        model = trainer.model
-        if change:
-            model.ops = (model.ops[0], replace(model.ops[1], **change), model.ops[2])
-        with torch.no_grad():
-            for p in trainer.model.parameters():
-                if p.ndim == 2:  # at the start the branches hardly count: nothing in them would show in the loss
-                    p.mul_(8)
-        model.refresh_compute_weights()
+    trainer = make_trainer(dtype, spec, device=kt.DEVICE, **SHAPE | options)
+    model = trainer.model
+    if change:
+        model.ops = (model.ops[0], replace(model.ops[1], **change), model.ops[2])
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            if p.ndim == 2:  # at the start the branches hardly count: nothing in them would show in the loss
+                p.mul_(8)
+    model.refresh_compute_weights()
     start = trainer.flat.values.clone()
     losses = train(trainer, steps, lr=3e-3, **BATCH)
     return losses, trainer.flat.values - start
@@ -61,7 +60,7 @@ def test_float32_training_tracks_the_torch_twins(torch_curve, spec, steps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_training_with_every_kernel_and_their_optimizer_tracks_torch(dtype, steps):
     """In losses, and in how far the parameters moved, as a root mean square: Adam makes whole steps of a gradient that is noise."""
-    losses, moved = run("all", dtype, steps, optimizer="fused-adamw")
+    losses, moved = run("all", dtype, steps, kernels="adamw")
     wanted, wanted_moved = run("none", dtype, steps)
     assert furthest(losses, wanted) < BOUND[dtype]
     assert (moved - wanted_moved).norm() / wanted_moved.norm() < MOVED[dtype]
@@ -71,7 +70,7 @@ def test_training_with_every_kernel_and_their_optimizer_tracks_torch(dtype, step
     "wrong",
     [
         {"swiglu": lambda gate_up: kernels.TORCH.swiglu(gate_up) * 1.001},
-        {"rope": lambda q, k, cos, sin: kernels.TORCH.rope(q, k, cos, sin * 1.001)},
+        {"rope": lambda qkv, cos, sin, *heads: kernels.TORCH.rope(qkv, cos, sin * 1.001, *heads)},
         {"add_rms_norm": lambda x, r, weight, eps: kernels.TORCH.add_rms_norm(x, r, weight, 10 * eps)},
     ],
     ids=lambda wrong: next(iter(wrong)),
@@ -82,14 +81,13 @@ def test_the_bound_would_show_a_wrong_kernel_in_one_layer(wrong, torch_curve):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed documents"])
 def test_the_whole_model_with_all_kernels_compiles_as_one_graph(packed):
-    with torch.device(DEVICE):
-        fused, plain = (make_trainer(spec=spec, **SHAPE) for spec in ("all", "none"))
-        ((tokens, targets, _),) = micro_batches(0, **BATCH)
-        tokens, targets = tokens.to(DEVICE), targets.to(DEVICE)
-        first_key = None
-        if packed:
-            first_key = torch.zeros(4, 16, dtype=torch.int32)
-            first_key[:, 6:] = 6
+    fused, plain = (make_trainer(spec=spec, device=kt.DEVICE, **SHAPE) for spec in ("all", "none"))
+    ((tokens, targets, _),) = micro_batches(0, **BATCH)
+    tokens, targets = tokens.to(kt.DEVICE), targets.to(kt.DEVICE)
+    first_key = None
+    if packed:
+        first_key = torch.zeros(4, 16, dtype=torch.int32, device=kt.DEVICE)
+        first_key[:, 6:] = 6
     loss = torch.compile(fused.model, fullgraph=True, backend="aot_eager")(tokens, targets, first_key)
     wanted = plain.model(tokens, targets, first_key)
     torch.testing.assert_close(loss, wanted, atol=0, rtol=1e-5)

@@ -13,12 +13,13 @@ from training.step.flat import FlatParameters
 from training.step.optimizer import MOMENTS, AdamW, FusedAdamW, make_optimizer
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-KINDS = {"adamw": AdamW, "fused-adamw": FusedAdamW}
+KINDS = {"none": AdamW, "adamw": FusedAdamW}
+"""What --kernels chooses."""
 both = pytest.mark.parametrize("kind", KINDS)
 
 
-def make(kind="adamw", dtype=FP32, **options):
-    config = TrainConfig(**TINY | {"optimizer": kind, "learning_rate": 1e-2, "weight_decay": 0.1} | options)
+def make(kind="none", dtype=FP32, **options):
+    config = TrainConfig(**TINY | {"kernels": kind, "learning_rate": 1e-2, "weight_decay": 0.1} | options)
     torch.manual_seed(0)
     model = Llama(config.shape(), kernels.select("none", config.n_layers), dtype).to(kt.DEVICE)
     return make_optimizer(FlatParameters(model), config)
@@ -68,8 +69,13 @@ def places(optimizer):
 
 
 @both
-def test_the_option_chooses(kind):
+def test_the_switch_chooses(kind):
     assert type(make(kind)) is KINDS[kind]
+
+
+def test_the_switch_is_one_of_all():
+    assert type(make("all")) is type(make(fused=True, kind="")) is FusedAdamW
+    assert type(make("all,-adamw")) is type(make(fused=True, kind="-adamw")) is AdamW
 
 
 def test_the_reference_is_torchs_own_to_the_bit():
@@ -87,7 +93,7 @@ def test_the_reference_is_torchs_own_to_the_bit():
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 def test_both_make_the_same_updates(dtype):
-    one, other = make("adamw", dtype), make("fused-adamw", dtype)
+    one, other = make("none", dtype), make("adamw", dtype)
     for seed in range(4):
         for optimizer in (one, other):
             update(optimizer, seed, lr=1e-2 / (seed + 1))
@@ -134,7 +140,7 @@ def test_a_skipped_update_changes_nothing(kind, before):
 
 
 def test_the_fused_update_leaves_the_gradients():
-    optimizer = make("fused-adamw")
+    optimizer = make("adamw")
     update(optimizer, 0)
     after = optimizer.flat.gradients.clone()
     fill_gradients(optimizer.flat, 0)
@@ -143,7 +149,7 @@ def test_the_fused_update_leaves_the_gradients():
 
 def test_torchs_step_is_not_there_to_be_called_on_the_fused_one():
     with pytest.raises(NotImplementedError, match=r"FusedAdamW: call update"):
-        make("fused-adamw").step()
+        make("adamw").step()
 
 
 # ------------------------------------------------------------------------------------------------ by name, for checkpoints
@@ -161,7 +167,7 @@ def test_before_the_first_update_the_moments_are_zeros(kind):
         assert not any(x.any() for x in moment.values())
 
 
-@pytest.mark.parametrize(("first", "second"), [("adamw", "fused-adamw"), ("fused-adamw", "adamw"), ("adamw", "adamw")])
+@pytest.mark.parametrize(("first", "second"), [("none", "adamw"), ("adamw", "none"), ("none", "none")])
 def test_a_run_changes_its_optimizer_at_a_checkpoint_to_the_bit(first, second):
     old, new = make(first), make(second)
     for seed in range(3):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from training.data import corpus, shards
+from training.data import prepare as preparing
 from training.data.corpus import open_corpus
-from training.data.shards import TokenShards, prepare
+from training.data.prepare import prepare
+from training.data.shards import TokenShards
 from training.data.tokenizer import Tokenizer, train_tokenizer
 from training.errors import UserError
 
@@ -84,7 +86,7 @@ def test_a_tokenizer_is_trained_on_the_training_documents_alone(source, tmp_path
         seen.extend(documents)
         return train_tokenizer(seen, *rest)
 
-    monkeypatch.setattr(shards, "train_tokenizer", train)
+    monkeypatch.setattr(preparing, "train_tokenizer", train)
     dataset = prepare(str(source), vocab_size=VOCAB, data_dir=tmp_path / "data", val_fraction=0.2)
     assert dataset.tokenizer.vocab_size == VOCAB
     assert seen == list(open_corpus(str(source), val_fraction=0.2).documents("train"))
@@ -93,7 +95,7 @@ def test_a_tokenizer_is_trained_on_the_training_documents_alone(source, tmp_path
 def test_neither_workers_nor_parts_nor_shards_change_the_stream(prepare_here, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PART_BYTES", 100)
     alone = prepare_here(workers=1)
-    monkeypatch.setattr(shards, "_POOL_BYTES", 0)
+    monkeypatch.setattr(preparing, "_POOL_BYTES", 0)
     together = prepare_here(workers=2, data_dir=tmp_path / "b")
     (first,), (second,) = (tmp_path / "data").iterdir(), (tmp_path / "b").iterdir()
     assert contents(first) == contents(second)
@@ -120,9 +122,9 @@ def test_windows_are_read_from_anywhere_also_across_shards(prepare_here, monkeyp
 @pytest.mark.parametrize(("vocab_size", "itemsize"), [(65536, 2), (65537, 4)])
 def test_tokens_take_two_bytes_up_to_a_vocabulary_of_65536(tmp_path, vocab_size, itemsize):
     tokenizer = SimpleNamespace(vocab_size=vocab_size, bos_id=1, hash="ab" * 32)
-    ids = np.array([1, 2, vocab_size - 1], shards._token_dtype(vocab_size))
-    writer = shards._ShardWriter(tmp_path, "val", tokenizer)
-    writer.append(shards._Encoded(ids, 1, 9))
+    ids = np.array([1, 2, vocab_size - 1], shards.token_dtype(vocab_size))
+    writer = shards.ShardWriter(tmp_path, "val", tokenizer)
+    writer.append(shards.Encoded(ids, 1, 9))
     (name,) = writer.close()
     assert (tmp_path / name).stat().st_size == shards._HEADER.size + 3 * itemsize
     assert stream(TokenShards("val", [tmp_path / name], tokenizer)) == ids.tolist()
@@ -133,7 +135,7 @@ def test_tokens_take_two_bytes_up_to_a_vocabulary_of_65536(tmp_path, vocab_size,
 
 def test_what_is_prepared_is_used_again(prepare_here, folder, tmp_path, monkeypatch):
     before = contents(folder)
-    monkeypatch.setattr(shards, "_build", None)
+    monkeypatch.setattr(preparing, "_build", None)
     dataset = prepare_here()
     assert contents(folder) == before
     assert dataset.train.n_documents + dataset.val.n_documents == len(STORIES)
@@ -159,13 +161,13 @@ def test_a_change_of_source_option_tokenizer_vocabulary_or_format_makes_new_shar
 
 def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(prepare_here, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(shards._ShardWriter, "close", lambda self: 1 / 0)
+        patch.setattr(shards.ShardWriter, "close", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare_here()
     assert folders(tmp_path) == []
     with monkeypatch.context() as patch:  # a kill: nothing is tidied up
-        patch.setattr(shards._ShardWriter, "close", lambda self: 1 / 0)
-        patch.setattr(shards.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(shards.ShardWriter, "close", lambda self: 1 / 0)
+        patch.setattr(preparing.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(ZeroDivisionError):
             prepare_here()
     (left_over,) = folders(tmp_path)
@@ -177,7 +179,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(prepare_h
 def test_all_files_are_on_the_disk_before_the_folder_gets_its_name(prepare_here, tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        shards, "_fsync", lambda path: synced.append((path.name, len(folders(tmp_path)), path.is_dir()))
+        preparing, "_fsync", lambda path: synced.append((path.name, len(folders(tmp_path)), path.is_dir()))
     )
     prepare_here()
     (name,) = folders(tmp_path)
@@ -187,14 +189,14 @@ def test_all_files_are_on_the_disk_before_the_folder_gets_its_name(prepare_here,
 
 
 def test_of_two_processes_that_prepare_at_once_the_first_is_kept(prepare_here, tmp_path, monkeypatch):
-    encode, other = shards._encode, []
+    encode, other = preparing._encode, []
 
     def encode_while_another_finishes(*arguments):
-        monkeypatch.setattr(shards, "_encode", encode)
+        monkeypatch.setattr(preparing, "_encode", encode)
         other.append(prepare_here())
         return encode(*arguments)
 
-    monkeypatch.setattr(shards, "_encode", encode_while_another_finishes)
+    monkeypatch.setattr(preparing, "_encode", encode_while_another_finishes)
     assert stream(prepare_here().train) == stream(other[0].train)
     assert len(folders(tmp_path)) == 1
 
@@ -290,7 +292,7 @@ def test_a_mistake_that_a_worker_process_finds_reaches_the_user(tmp_path, tokeni
     rows = [json.dumps({"text": story}) for story in STORIES]
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"text": 3}']))
     monkeypatch.setattr(corpus, "PART_BYTES", 500)
-    monkeypatch.setattr(shards, "_POOL_BYTES", 0)
+    monkeypatch.setattr(preparing, "_POOL_BYTES", 0)
     with pytest.raises(UserError, match=r"rows.jsonl, line 61: field 'text' is a int"):
         prepare(
             str(tmp_path / "rows.jsonl"),

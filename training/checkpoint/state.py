@@ -1,7 +1,7 @@
-"""What of a run is in its checkpoints: gathered here to save it, put back here to resume."""
+"""What a checkpoint holds of a run: gathered here when it is saved, put back here when the run is resumed."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -9,30 +9,18 @@ import torch
 from model import LlamaConfig, huggingface
 from model.config import option
 from training.checkpoint import files as checkpoint
-from training.config import TrainConfig, from_toml, to_toml
+from training.command_line import from_toml, to_toml
+from training.config import TrainConfig
 from training.data.shards import Dataset
 from training.errors import UserError
+from training.progress import Progress
 from training.step import optimizer
 from training.step.trainer import Trainer
 
 SHAPE = {f.name for f in fields(LlamaConfig)} - {"dropout"}
-"""Options that must stay as they were in a resumed run: those of the parameters and what is computed with them."""
+"""Options that a resumed run may not change: they fix the parameters and what is computed with them."""
 OF_ONE_CALL = {"config", "out_dir", "init_from", "eval_only", "profile"}
-"""Options that say nothing of the run."""
-
-
-@dataclass
-class Progress:
-    """Where a run is."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    best_val_loss: float = math.inf
-    """Nats a token."""
-    skipped: int = 0
-    """Updates skipped so far because the loss or the gradient was not finite."""
-    skipped_in_a_row: int = 0
-    """Of these, the latest without a good one between."""
+"""Options that are about one call of train.py: another value of theirs is no change of the run, and is not reported."""
 
 
 def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Progress, *, best: bool) -> Path:
@@ -41,6 +29,7 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = optimizer.moments(model, trainer.optimizer)
     rng, rng_tensors = checkpoint.rng_state()
+    best_val_loss = progress.best_val_loss if progress.best_val_loss < math.inf else None  # JSON has no infinity
     return checkpoint.save(
         config.out_dir,
         progress.step,
@@ -54,9 +43,7 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
             "rng": rng_tensors,
         },
         state={
-            "best_val_loss": progress.best_val_loss
-            if progress.best_val_loss < math.inf
-            else None,  # JSON has no infinity
+            "best_val_loss": best_val_loss,
             "skipped": progress.skipped,
             "skipped_in_a_row": progress.skipped_in_a_row,
             "updates": optimizer.updates(model, trainer.optimizer),
@@ -110,7 +97,7 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
     best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
     changed = _changed(config, former, {f.name for f in fields(TrainConfig)} - OF_ONE_CALL)
     note = f"resuming {saved.path}" + (f" with other options: {changed}" if changed else "")
-    return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"]), note
+    return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"], saved.step), note
 
 
 def _changed(config: TrainConfig, former: TrainConfig, names: set[str]) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from training.config import TrainConfig
 from training.data.shards import TokenShards
 from training.errors import UserError
 
@@ -64,6 +65,21 @@ class Batches:
             )
         self._orders: dict[int, np.ndarray] = {}
 
+    @classmethod
+    def of_run(cls, config: TrainConfig, shards: TokenShards, micro_steps: int) -> Batches:
+        """Those of the options of a run, in steps of so many micro-batches over all ranks."""
+        return cls(
+            shards,
+            sequence_length=config.max_seq_len,
+            sequences_per_step=config.batch_size * micro_steps,
+            seed=config.seed,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of a step over all micro-steps and ranks."""
+        return self.sequences_per_step * self.sequence_length
+
     @property
     def steps_per_epoch(self) -> float:
         """Steps that see each window once; a fraction where the epoch ends within a step."""
@@ -85,6 +101,14 @@ class Batches:
         tokens = self.shards.read(windows * self.sequence_length, self.sequence_length + 1)
         first_key = _first_key(tokens[:, :-1], self.shards.bos_id) if with_first_key else None
         return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy()), first_key)
+
+    def micro_batches(
+        self, step: int, count: int, *, rank: int = 0, world_size: int = 1, with_first_key: bool = False
+    ) -> list[Batch]:
+        """The global batch of a step cut into `count` micro-batches: those that fall to one of so many processes."""
+        rows, share = self.sequences_per_step // count, count // world_size
+        mine = range(rank * share, (rank + 1) * share)
+        return [self.sequences(step, i * rows, rows, with_first_key=with_first_key) for i in mine]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The windows of an epoch in the order they are seen, drawn from a generator of its own."""

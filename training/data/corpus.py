@@ -240,7 +240,7 @@ def _read_jsonl(path: Path, start: int, stop: int, field: str | None) -> Iterato
         try:
             yield _text_of_row(json.loads(line), field)
         except (ValueError, RecursionError) as error:
-            # The number of a line is only known by counting, so it is counted where it is needed.
+            # A part does not know how many lines come before it, so they are counted, now that the number is needed.
             number = _count_lines(path, start) + index + 1
             raise UserError(f"{path}, line {number}: {error}") from error
 
@@ -254,7 +254,7 @@ def _text_of_row(row: object, field: str | None) -> str:
         raise UserError(f"field {field!r} is a {type(text).__name__}, wanted a string")
     if "\0" in text:
         raise UserError(f"field {field!r} is binary: it holds a NUL")
-    text.encode()  # a UnicodeEncodeError, which is a ValueError, on half of a surrogate pair
+    text.encode()  # raises UnicodeEncodeError, a ValueError, where JSON spelled half of a surrogate pair
     return text
 
 
@@ -284,7 +284,7 @@ def _after_next_separator(file, offset: int, pattern: re.Pattern[bytes]) -> int 
     file.seek(offset)
     window = b""
     while block := file.read(1 << 16):
-        window = window[-64:] + block  # a separator may lie across two blocks
+        window = window[-64:] + block  # with the end of the last block: a separator may lie across the two
         if match := pattern.search(window):
             return file.tell() - len(window) + match.end()
     return None

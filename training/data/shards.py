@@ -1,4 +1,4 @@
-"""Token shards: the encoded text of a source on disk, memory-mapped.
+"""Token shards: the encoded text of a source on disk, memory-mapped. training/data/prepare.py makes them.
 
 A prepared source is one folder:
 
@@ -13,39 +13,25 @@ that is left behind was cut off by a kill or a power failure and may be deleted.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import multiprocessing
-import os
-import re
-import shutil
-import signal
 import struct
-import sys
-import uuid
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from training.data.corpus import Corpus, Part, Split, open_corpus
-from training.data.tokenizer import Tokenizer, train_tokenizer
+from training.data.corpus import Split
+from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
-FORMAT_VERSION = (
-    1  # of the shards and of what decides their content: raise it with a change to the tokenizer's training
-)
+FORMAT_VERSION = 1
+"""Of the shards. Raise it with the format, and with whatever changes their content, such as the tokenizer's training."""
 SHARD_TOKENS = 100_000_000
 
 _MAGIC = b"TOKSHARD"
 # magic, version, bytes a token, vocabulary size, BOS id, tokens, documents, bytes of text, SHA-256 of the tokenizer
 _HEADER = struct.Struct("<8sIIQQQQQ32s")
-_POOL_BYTES = 4 << 20  # with less text, starting processes takes longer than encoding
-_TOKENIZER_PARTS = 64  # of a longer source, the tokenizer is trained on 64 of its parts
 
 
 class TokenShards:
@@ -125,59 +111,6 @@ class Dataset:
     fingerprint: str
 
 
-def prepare(
-    data: str,
-    *,
-    vocab_size: int,
-    data_dir: str | Path,
-    tokenizer_file: str | Path | None = None,
-    split_text: str = "blank-lines",
-    text_field: str | None = None,
-    val_fraction: float = 0.05,
-    workers: int | None = None,
-    progress: bool = False,
-) -> Dataset:
-    """Open a source as token shards, making them where `data_dir` does not hold them already.
-
-    The shards depend on the source, its options, the tokenizer (or the vocabulary size to train one with) and the
-    format, and not on the number of workers. Processes may prepare one source at once: the first to finish is kept.
-
-    Args:
-        data: a source, as in `corpus.open_corpus`.
-        vocab_size: of the tokenizer to train; a given one must have it.
-        data_dir: where prepared sources and downloads are kept.
-        tokenizer_file: a sentencepiece `.model` file to use instead of training one.
-        split_text: as in `corpus.open_corpus`.
-        text_field: as in `corpus.open_corpus`.
-        val_fraction: as in `corpus.open_corpus`.
-        workers: encoding processes, by default one a CPU, up to 16. They are spawned, which imports the main module
-            again: it must not do its work on import, nor import torch at its top.
-        progress: show a progress bar if stderr is a terminal.
-
-    Raises:
-        UserError: a bad source, tokenizer or vocabulary size, damaged shards, or a folder that can't be written.
-    """
-    tokenizer = _load_tokenizer(tokenizer_file, vocab_size) if tokenizer_file else None
-    data_dir = Path(data_dir)
-    corpus = open_corpus(
-        data,
-        split_text=split_text,
-        text_field=text_field or None,
-        val_fraction=val_fraction,
-        download_dir=data_dir / "downloads",
-    )
-    key = [FORMAT_VERSION, corpus.fingerprint, vocab_size, tokenizer.hash if tokenizer else "trained"]
-    slug = re.sub(r"[^\w.-]+", "-", corpus.name).strip(".-")[:60]
-    folder = data_dir / f"{slug}-{vocab_size}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            _build(folder, corpus, vocab_size, tokenizer, workers or _default_workers(), progress)
-        except OSError as error:
-            raise UserError(f"--data {data} can't be prepared in {data_dir}: {error}") from error
-    return open_dataset(folder)
-
-
 def open_dataset(folder: Path) -> Dataset:
     """Open what `prepare` made; UserError, with what to do about it, where a file is missing or damaged."""
     try:
@@ -195,70 +128,15 @@ def open_dataset(folder: Path) -> Dataset:
         raise UserError(f"damaged token shards: {reason}; delete {folder} and they are made anew") from error
 
 
-def _load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"--vocab-size is {vocab_size}, but --tokenizer {path} has {tokenizer.vocab_size} tokens: "
-            f"pass --vocab-size {tokenizer.vocab_size}"
-        )
-    return tokenizer
+class Encoded(NamedTuple):
+    """Documents of a split as tokens: what `ShardWriter` takes."""
 
-
-def _default_workers() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, usable)
-
-
-# Writing ----------------------------------------------------------------------------------------------------------
-
-
-def _build(
-    folder: Path, corpus: Corpus, vocab_size: int, tokenizer: Tokenizer | None, workers: int, progress: bool
-) -> None:
-    unfinished = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}")
-    unfinished.mkdir()
-    try:
-        with _progress_bar(progress, sum(part.n_bytes for part in corpus.parts)) as advance:
-            if tokenizer is None:
-                advance(0, f"training a tokenizer of {vocab_size} tokens")
-                sample = corpus.documents("train", max_parts=_TOKENIZER_PARTS)
-                tokenizer = train_tokenizer(sample, vocab_size, unfinished / "tokenizer.model")
-            else:
-                (unfinished / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-            writers = {split: _ShardWriter(unfinished, split, tokenizer) for split in ("train", "val")}
-            for part, encoded in zip(corpus.parts, _encode(corpus.parts, tokenizer, workers), strict=True):
-                for split, tokens in encoded.items():
-                    writers[split].append(tokens)
-                advance(part.n_bytes, f"encoding {corpus.name}")
-        manifest = {
-            "source": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            "vocab_size": vocab_size,
-            "tokenizer_sha256": tokenizer.hash,
-        }
-        manifest |= {split: writer.close() for split, writer in writers.items()}
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        for file in [*unfinished.iterdir(), unfinished]:
-            _fsync(file)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            return  # another process was first, and wrote the same
-        _fsync(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-class _Encoded(NamedTuple):
     tokens: np.ndarray
     n_documents: int
     n_bytes: int
 
 
-class _ShardWriter:
+class ShardWriter:
     """Appends tokens to numbered shards of a split and starts the next when one holds SHARD_TOKENS."""
 
     def __init__(self, folder: Path, split: Split, tokenizer: Tokenizer):
@@ -266,7 +144,8 @@ class _ShardWriter:
         self._names: list[str] = []
         self._counts: tuple[int, ...] = ()  # tokens, documents and bytes of the shard that is growing
 
-    def append(self, encoded: _Encoded) -> None:
+    def append(self, encoded: Encoded) -> None:
+        """Write the tokens behind those that are there, into the shard that is growing."""
         if not self._counts:
             self._names.append(f"{self._split}-{len(self._names):05d}.bin")
             self._path.write_bytes(bytes(_HEADER.size))  # filled in when the counts are known
@@ -290,68 +169,15 @@ class _ShardWriter:
 
     def _finish_shard(self) -> None:
         tokenizer = self._tokenizer
-        itemsize = _token_dtype(tokenizer.vocab_size).itemsize
+        itemsize = token_dtype(tokenizer.vocab_size).itemsize
         constants = (_MAGIC, FORMAT_VERSION, itemsize, tokenizer.vocab_size, tokenizer.bos_id)
         with self._path.open("r+b") as file:
             file.write(_HEADER.pack(*constants, *self._counts, bytes.fromhex(tokenizer.hash)))
         self._counts = ()
 
 
-def _encode(parts: tuple[Part, ...], tokenizer: Tokenizer, workers: int) -> Iterator[dict[Split, _Encoded]]:
-    """Encode the parts, in their order whichever process finishes first."""
-    if min(workers, len(parts)) == 1 or sum(part.n_bytes for part in parts) < _POOL_BYTES:
-        yield from (_encode_part(part, tokenizer) for part in parts)
-        return
-    # Spawned and not forked: torch and CUDA have threads, which a fork would leave half alive.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(parts)), context, _start_worker, (tokenizer,))
-    try:
-        with _without_ctrl_c():
-            encoded = pool.map(_encode_in_worker, parts)  # this starts the processes
-        yield from encoded
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _without_ctrl_c():
-    """Holds Ctrl-C back; a process that is started meanwhile never gets it. It reaches us, and we stop our workers."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `_without_ctrl_c` could not
-
-
-def _encode_in_worker(part: Part) -> dict[Split, _Encoded]:
-    return _encode_part(part, _worker_tokenizer)
-
-
-def _encode_part(part: Part, tokenizer: Tokenizer) -> dict[Split, _Encoded]:
-    dtype = _token_dtype(tokenizer.vocab_size)
-    texts: dict[Split, list[str]] = {}
-    for split, text in part.documents():
-        texts.setdefault(split, []).append(text)
-    return {
-        split: _Encoded(
-            np.concatenate([np.array(tokenizer.encode(text, bos=True), dtype) for text in documents]),
-            len(documents),
-            sum(len(text.encode()) for text in documents),
-        )
-        for split, documents in texts.items()
-    }
-
-
-def _token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What a token is kept as, little-endian: 16 bits where the vocabulary fits them, else 32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -371,33 +197,8 @@ def _open_shard(path: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]
             f"{path} is of another tokenizer: vocabulary {vocab_size}, SHA-256 {digest.hex()[:16]}; "
             f"wanted {tokenizer.vocab_size}, {tokenizer.hash[:16]}"
         )
-    dtype = _token_dtype(vocab_size)
+    dtype = token_dtype(vocab_size)
     size, wanted = path.stat().st_size, _HEADER.size + n_tokens * dtype.itemsize
     if itemsize != dtype.itemsize or size != wanted or not n_tokens or not n_documents:
         raise UserError(f"{path} is truncated or damaged: {size} bytes, its header tells of {wanted}")
     return np.asarray(np.memmap(path, dtype, "r", offset=_HEADER.size)), n_documents, n_bytes
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _progress_bar(wanted: bool, total: int):
-    """Gives `advance(n_bytes, description)`, which draws on a terminal and does nothing elsewhere."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda n_bytes, description: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda n_bytes, description: bar.update(task, advance=n_bytes, description=description)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 
+from training.config import TrainConfig
 from training.errors import UserError
 from training.log.console import Console
 
@@ -55,7 +56,8 @@ class Metrics:
         self._last_step = start_step
         self._header_due = True
         self._wandb = self._tensorboard = None
-        wandb = _import_wandb() if wandb_project else None  # first: the likeliest mistake should leave no file behind
+        # Before any file is made: the likeliest mistake, wandb that is not installed, should leave nothing behind.
+        wandb = _import_wandb() if wandb_project else None
         try:
             self._out_dir.mkdir(parents=True, exist_ok=True)
             self._jsonl = _open_to_append(self._out_dir / "metrics.jsonl")
@@ -73,6 +75,20 @@ class Metrics:
                 project=wandb_project, name=run_name or None, config=config, dir=str(self._out_dir)
             )
         self._console = Console(total_steps, start_step)
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, start_step: int) -> "Metrics":
+        """Those that the options of a run ask for."""
+        return cls(
+            config.out_dir,
+            total_steps=config.max_iters,
+            start_step=start_step,
+            log_interval=config.log_interval,
+            run_name=config.wandb_run_name,
+            config=asdict(config),
+            tensorboard=config.tensorboard,
+            wandb_project=config.wandb_project if config.wandb_log else "",
+        )
 
     def step(self, record: StepRecord) -> None:
         """Report a training step."""
@@ -186,7 +202,7 @@ def _finite(value):
 
 
 def _as_code(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())  # Markdown's way to leave a text alone
+    return "\n".join("    " + line for line in text.splitlines())  # indented by four, Markdown shows a text as it is
 
 
 def _open_to_append(path: Path) -> FileIO:
@@ -194,7 +210,7 @@ def _open_to_append(path: Path) -> FileIO:
     if file.tell():
         file.seek(-1, os.SEEK_END)
         if file.read() != b"\n":
-            file.write(b"\n")  # a killed run's last line stays broken and must not spoil ours
+            file.write(b"\n")  # a killed run may have left half a line: ours begins on one of its own
     return file
 
 

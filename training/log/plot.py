@@ -22,7 +22,7 @@ def draw_loss_curve(metrics_jsonl: str | Path, png: str | Path, *, log_x: bool =
     if not numpy.isfinite(numpy.concatenate([train_y, val_y])).any():
         return False
 
-    # The object interface: pyplot keeps figures alive and picks a screen where it finds one.
+    # Not by pyplot, which keeps every figure alive and opens a window where there is a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

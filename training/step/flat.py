@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from model import Llama
-from model.linear import Linear
 
 ALIGNMENT = 64
 """Elements. Every parameter and every copy starts at a multiple of it: 128 bytes in half precision."""
@@ -52,10 +51,8 @@ class FlatParameters:
                 self.view(self.values, name).copy_(parameter)
                 parameter.data = self.view(self.values, name)
                 parameter.grad = self.view(self.gradients, name)
-            model.set_compute_copies({name: self.view(self.copies, name) for name in copies})
-        for name, module in model.named_modules():
-            if isinstance(module, Linear):
-                module.gradient_sum = self.view(self.gradients, f"{name}.weight")
+        for name, weight in model.weights().items():
+            weight.bind(self.view(self.copies, name) if name in copies else None, self.view(self.gradients, name))
         model.refresh_compute_weights()
 
     def view(self, buffer: Tensor, name: str) -> Tensor:

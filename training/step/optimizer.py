@@ -24,7 +24,7 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, flat: FlatParameters, config: TrainConfig):
         self.flat = flat
         self.lr = torch.tensor(config.learning_rate, device=flat.values.device)
-        # Matrices first: the order of the groups, by which a state dict numbers the parameters.
+        # A state dict numbers the parameters in the order of the groups below: matrices first.
         named = dict(sorted(flat.model.named_parameters(), key=lambda item: item[1].ndim < 2))
         groups = [
             {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -32,8 +32,9 @@ class AdamW(torch.optim.AdamW):
         ]
         betas, on_gpu = (config.beta1, config.beta2), self.lr.is_cuda
         super().__init__(groups, betas=betas, eps=1e-8, fused=True, capturable=on_gpu)
+        # The constructor would read a learning rate that lies on the device, to check that it is not negative: so it comes later.
         for group in self.param_groups:
-            group["lr"] = self.lr  # torch would read it, to check it
+            group["lr"] = self.lr
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat.values), torch.zeros_like(flat.values)
         for name, p in named.items():
             views = {moment: flat.view(getattr(self, moment), name) for moment in MOMENTS}
@@ -47,7 +48,7 @@ class AdamW(torch.optim.AdamW):
         """
         flat = self.flat
         flat.gradients.mul_(factor)
-        self.found_inf = skip  # by this name torch's fused update takes it
+        self.found_inf = skip  # torch's fused update looks for this attribute, and changes nothing where it is 1
         self.step()
         if flat.copies is not None:
             flat.copies.copy_(flat.values[: flat.copies.numel()])
@@ -92,7 +93,7 @@ class FusedAdamW(AdamW):
 
     def __init__(self, flat: FlatParameters, config: TrainConfig):
         super().__init__(flat, config)
-        self.count = torch.zeros_like(self.lr)  # of updates, one for all parameters
+        self.count = torch.zeros_like(self.lr)  # updates made so far: one count, which all parameters share
         for state in self.state.values():
             state["step"] = self.count
 
@@ -124,8 +125,8 @@ class FusedAdamW(AdamW):
 
 
 def make_optimizer(flat: FlatParameters, config: TrainConfig) -> AdamW:
-    """The optimizer that `config.optimizer` names."""
-    return {"adamw": AdamW, "fused-adamw": FusedAdamW}[config.optimizer](flat, config)
+    """AdamW by its kernel where the switch `adamw` is on, else by torch."""
+    return FusedAdamW(flat, config) if "adamw" in config.switches() else AdamW(flat, config)
 
 
 def moments(model: Llama, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from training.step.trainer import StepResult
 
 
 class Readback:
-    """Starts to copy the figures of a step; `wait` returns them when the step is done. It holds up nothing before."""
+    """Queues a copy of a step's figures to the host behind the step. Only `wait`, which returns them, waits for both."""
 
     def __init__(self, result: StepResult):
         figures = torch.stack([result.loss, result.grad_norm, result.skipped])
@@ -29,5 +29,5 @@ class Readback:
 
 
 def lag(device: torch.device) -> int:
-    """Steps that may be under way when the next one is launched: on a GPU one, so that it is never idle for a line of the log."""
+    """Steps that may be under way when the next one is launched: one on a GPU, which then is never idle while a line is printed."""
     return 1 if device.type == "cuda" else 0

@@ -58,8 +58,10 @@ class Trainer:
         self._result = torch.zeros(3, device=self.device)
         self._run = self._step
 
-    def _loss_sum(self, tokens: Tensor, targets: Tensor, first_key: Tensor | None) -> Tensor:
-        return self.model(tokens, targets, first_key, reduction="sum")
+    def _loss_sum(
+        self, tokens: Tensor, targets: Tensor, first_key: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
+        return self.model(tokens, targets, first_key, reduction="sum", scale=scale)
 
     def step(self, micro_batches: Iterable[MicroBatch], valid_tokens: int, lr: float) -> StepResult:
         """Update the parameters from this process's micro-batches.
@@ -94,7 +96,7 @@ class Trainer:
         loss_scale = self.loss_scale.scale
         factor = loss_scale / self._valid_tokens
         for micro_batch in self._micro_batches:
-            loss_sum = self.loss_sum(*micro_batch)
+            loss_sum = self.loss_sum(*micro_batch, factor)
             loss_sum.backward(factor)
             loss += loss_sum.detach()
         self.world.sum(loss)
