@@ -114,7 +114,8 @@ def measure(options: CheckBench, console: Console) -> dict:
         console.print("no GPU for the kernels: PyTorch is checked; TRITON_INTERPRET=1 runs them in the interpreter")
     # The interpreter computes in NumPy, which warns of overflows that are meant, as in the exponential of a masked score.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
-    result = {"bench": "check", "dtype": str(dtype).removeprefix("torch."), "rows": [], "environment": env}
+    rows: list[dict] = []
+    result = {"bench": "check", "dtype": str(dtype).removeprefix("torch."), "rows": rows, "environment": env}
     with torch._dynamo.config.patch(recompile_limit=64):  # each trainer is a graph of one and the same function
         for check in checks(device, dtype, with_kernels):
             start = time.monotonic()
@@ -127,13 +128,13 @@ def measure(options: CheckBench, console: Console) -> dict:
                 row = {"passed": found.passed, "value": found.value, "bound": found.bound, "where": found.where}
                 said = str(found)
             seconds = time.monotonic() - start
-            result["rows"].append({"check": check.name} | row | {"seconds": round(seconds, 1)})
+            rows.append({"check": check.name} | row | {"seconds": round(seconds, 1)})
             word = "pass" if row["passed"] else "FAIL"
             console.print(f"{word}  {check.name:<46}  {said}  ({seconds:.1f} s)", markup=False, highlight=False)
             if options.json:
                 write_json(options.json, result)
-    failed = [row["check"] for row in result["rows"] if not row["passed"]]
-    console.print(f"{len(result['rows']) - len(failed)} of {len(result['rows'])} checks passed", highlight=False)
+    failed = [row["check"] for row in rows if not row["passed"]]
+    console.print(f"{len(rows) - len(failed)} of {len(rows)} checks passed", highlight=False)
     if failed:
         raise SystemExit(1)
     return result

@@ -7,7 +7,7 @@ from bench.step import tokens
 from tests.support.run_testing import write_text
 from training.config import TrainConfig
 from training.data.batches import Batches
-from training.data.shards import prepare
+from training.data.prepare import prepare
 
 
 def config(tmp_path, **options):
