@@ -1,13 +1,13 @@
 """Each op against its peers, forward and backward: `python -m bench.ops --op swiglu --preset reference 8192x4096`.
 
-Variants are those of `bench/op_peers.py`: the torch twin (`eager`), the same compiled, Liger's op, SDPA's backends,
-FlexAttention, `F.linear_cross_entropy`, and so on, and the kernel here (`triton`). Beside them stand the ceilings, measured in the
+Variants are those of the op's sheet, `bench/ops/<switch>.py`: the torch twin (`eager`), the same compiled, Liger's op, SDPA's
+backends, FlexAttention, and so on, and the kernel here (`triton`). Beside them stand the ceilings, measured in the
 same run: a copy of as many bytes as the op must move, timed in turns with the variants; and a matrix product, right after a
 rest (burst) and after a second of nothing else (sustained, when a GPU is at its power limit).
 On a GPU the time is the GPU's own, with cold caches; what Python needs to launch an op is in `bench.step`'s figures.
 Algorithms are deterministic as in training, but for variants that have none such.
 
-`--tune attention` searches better tiles for this GPU instead (`bench/tune.py`). `pytest bench/ --benchmark-only` measures
+`--tune attention` searches better tiles for this GPU instead (`bench/ops/tune.py`). `pytest bench/ --benchmark-only` measures
 the same cases, for pytest-benchmark's tools to compare and draw.
 """
 
@@ -26,13 +26,15 @@ from torch import Tensor
 from bench import command
 from bench.measure import GpuInstant, Timing, environment, gpu_flush, time_in_turn, wall_clock, write_json
 from bench.ops import tune
-from bench.ops.cases import CASES, SIZES, Case, cut, size
-from bench.ops.peers import PEERS, VARIANTS, Contender, why_absent
+from bench.ops.catalogue import SHEETS, VARIANTS
+from bench.ops.contender import Contender
+from bench.ops.sheet import Case
+from bench.ops.sizes import cut, size
 from training.config import TrainConfig
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.errors import UserError
 
-OPS = tuple(CASES)
+OPS = tuple(SHEETS)
 WARMUP = 5
 CPU_TOKENS = 1024
 
@@ -89,18 +91,19 @@ def measure(options: OpsBench, console: Console) -> dict:
             f"no GPU here: what runs on the CPU is timed there, {CPU_TOKENS} tokens at most; the kernels, the peers that need "
             "a GPU and whatever is true of one are not measured"
         )
-    variants = {op: [v for v in PEERS[op] if not options.variants or v in options.variants] for op in ops}
-    absent = {v: reason for op in ops for v in variants[op] if (reason := why_absent(op, v, device))}
+    variants = {op: [v for v in SHEETS[op].peers if not options.variants or v in options.variants] for op in ops}
+    peers = {v: SHEETS[op].peers[v] for op in ops for v in variants[op]}
+    absent = {v: reason for v, peer in peers.items() if (reason := peer.why_absent(device, dtype))}
     result = {"bench": "ops", "dtype": str(dtype).removeprefix("torch."), "deterministic": options.deterministic}
     result |= {"absent": absent, "rows": [], "environment": environment()}
     ceiling = 0.0
     for op in ops:
-        sizes = asked or {name: size(name) for name in (SIZES[op] if on_gpu else ("smoke",))}
+        sizes = asked or {name: size(name) for name in (SHEETS[op].sizes if on_gpu else ("smoke",))}
         rows: list[dict] = []
         with console.status("") as status:
             for name, config in sizes.items():
                 status.update(f"{op}, {name}")
-                case = CASES[op](config if on_gpu else cut(config, CPU_TOKENS), dtype, device)
+                case = SHEETS[op].case(config if on_gpu else cut(config, CPU_TOKENS), dtype, device)
                 if not ceiling and any(cost.flops for cost in case.costs.values()):
                     result["ceilings"] = matmul_ceilings(dtype, device)
                     ceiling = 1e12 * result["ceilings"]["matmul_tflops"]

@@ -47,8 +47,8 @@ OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 INDEXED = {"embedding", "gather", "index_select", "scatter_", "index", "index_add_"}
 """Calls that read or write their first tensor only where an index points."""
 
-COUNTED_AS = {"add_rms_norm": "rms_norm", "rope_attention": "attention"}
-"""Ops that `model.flops` counts under another name."""
+COUNTED_AS = {op: switch for switch, ops in FIELDS.items() for op in ops} | {"rope_attention": "attention"}
+"""The name that `model.flops` counts an op by: its switch, or of one that is two of them the one that does the most."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class _Counter(TorchDispatchMode):
         names = [name for names in FIELDS.values() for name in names]
         if not isinstance(ops.rope_attention, InTurn):
             names.append("rope_attention")
-        return Ops(**{name: self.label(COUNTED_AS.get(name, name), getattr(ops, name)) for name in names})
+        return Ops(**{name: self.label(COUNTED_AS[name], getattr(ops, name)) for name in names})
 
     @contextmanager
     def _in(self, op: str) -> Iterator[None]:

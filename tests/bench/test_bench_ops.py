@@ -14,8 +14,8 @@ from bench.archive import Result
 from bench.measure import Timing, environment
 from bench.ops import __main__ as ops
 from bench.ops.__main__ import OpsBench, copy_of, matmul_ceilings, measure, measure_case
-from bench.ops.cases import CASES
-from bench.ops.peers import PEERS, Peer
+from bench.ops.catalogue import SHEETS
+from bench.ops.sheet import Peer, always
 from bench.peers import liger
 from bench.report.standings import Standings
 from kernels.launch import INTERPRETED
@@ -135,7 +135,7 @@ def test_on_a_gpu_each_call_starts_from_cold_caches_and_each_backward_from_a_new
     monkeypatch.setattr(ops, "gpu_flush", lambda device: lambda: happened.append("flush"))
     monkeypatch.setattr(ops, "copy_of", lambda n_bytes, device: lambda: happened.append("copy"))
     monkeypatch.setattr(ops, "WARMUP", 0)
-    case = CASES["swiglu"](SMALL, torch.float32, META)
+    case = SHEETS["swiglu"].case(SMALL, torch.float32, META)
     rows = measure_case("swiglu", case, ["triton"], torch.device("cuda"), repeats=1)
     copy = ["flush", "clock", "copy", "clock"]
     forward = ["prepare forward", "flush", "clock", "run forward", "clock"]
@@ -148,7 +148,7 @@ def test_on_a_gpu_each_call_starts_from_cold_caches_and_each_backward_from_a_new
 
 
 def test_a_loss_head_is_timed_without_gradients_and_as_a_whole(uncompiled):
-    case = CASES["linear_cross_entropy"](SMALL, torch.float32, CPU)
+    case = SHEETS["linear_cross_entropy"].case(SMALL, torch.float32, CPU)
     rows = measure_case("linear_cross_entropy", case, ["eager", "twin"], CPU, repeats=1, ceiling=1e12)
     assert [row["pass"] for row in rows] == ["evaluation", "both"]
     assert [row["flops"] for row in rows] == [2 * 12 * 32 * 256, 6 * 12 * 32 * 256]
@@ -168,9 +168,10 @@ def test_a_planted_delay_shows_in_the_variant_that_has_it(monkeypatch):
         return x * 2
 
     monkeypatch.setattr(ops, "clock_of", lambda device: lambda: clock.now + 1e-9 * next(seconds))
-    monkeypatch.setitem(PEERS, "swiglu", {"eager": Peer(lambda case: slow), "triton": Peer(lambda case: fast)})
+    for name, function in {"eager": slow, "triton": fast}.items():
+        monkeypatch.setitem(SHEETS["swiglu"].peers, name, Peer(always(function)))
     forward, *_ = measure_case(
-        "swiglu", CASES["swiglu"](SMALL, torch.float32, CPU), ["eager", "triton"], CPU, repeats=3
+        "swiglu", SHEETS["swiglu"].case(SMALL, torch.float32, CPU), ["eager", "triton"], CPU, repeats=3
     )
     assert forward["speedup"]["eager"] == pytest.approx(2.0, rel=1e-6)
 
@@ -213,11 +214,8 @@ def test_what_a_gpu_bench_of_attention_would_compare_is_named_on_a_cpu(console, 
 
 def test_the_report_finds_the_figures_it_is_about(console, monkeypatch, uncompiled, no_gpu):
     monkeypatch.setattr(ops, "matmul_ceilings", lambda *_: {"matmul_tflops": 1.0, "sustained_matmul_tflops": 1.0})
-    monkeypatch.setattr(
-        ops, "why_absent", lambda op, variant, device: "no GPU" if PEERS[op][variant].needs_gpu else None
-    )
-    triton = Peer(PEERS["linear_cross_entropy"]["twin"].make)
-    monkeypatch.setitem(PEERS["linear_cross_entropy"], "triton", triton)
+    triton = Peer(SHEETS["linear_cross_entropy"].peers["twin"].make)
+    monkeypatch.setitem(SHEETS["linear_cross_entropy"].peers, "triton", triton)
     monkeypatch.setattr("bench.report.standings.LOSS_HEAD_SIZE", "smoke")
     result = measure(OpsBench(op="linear_cross_entropy", repeats=1, device="cpu"), console)
     for timing in result["rows"][-1]["timings"].values():
@@ -261,7 +259,7 @@ def test_what_fails_is_named_and_the_others_are_measured(console, monkeypatch):
     def fail(case):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setitem(PEERS["swiglu"], "compiled", Peer(fail))
+    monkeypatch.setitem(SHEETS["swiglu"].peers, "compiled", Peer(fail))
     options = OpsBench(op="swiglu", repeats=1, device="cpu", variants=["eager", "compiled"])
     row = measure(options, console)["rows"][0]
     assert row["failed"] == {"compiled": "RuntimeError: first line"}
@@ -271,13 +269,13 @@ def test_what_fails_is_named_and_the_others_are_measured(console, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which stands in for a GPU")
 def test_a_kernel_that_fails_is_an_exit_status_and_one_that_runs_is_a_column(console, monkeypatch):
-    monkeypatch.setattr(ops, "why_absent", lambda op, variant, device: None)
+    monkeypatch.setattr(Peer, "why_absent", lambda peer, device, dtype: "")
     monkeypatch.setattr(ops, "size", lambda name: SMALL)
     options = OpsBench(op="swiglu", repeats=1, device="cpu", variants=["eager", "triton"])
     row = measure(options, console)["rows"][2]
     assert row["speedup"]["eager"] == pytest.approx(row["timings"]["eager"]["us"] / row["timings"]["triton"]["us"])
     assert "vs best peer" in console.file.getvalue()
-    monkeypatch.setitem(PEERS["swiglu"], "triton", Peer(lambda case: None))
+    monkeypatch.setitem(SHEETS["swiglu"].peers, "triton", Peer(lambda case: None))
     with pytest.raises(SystemExit) as stopped:
         measure(options, console)
     assert stopped.value.code == 1

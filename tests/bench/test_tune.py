@@ -7,7 +7,7 @@ from rich.console import Console
 
 from bench.ops import tune
 from bench.ops.__main__ import OpsBench, measure
-from bench.ops.cases import HEADS
+from bench.ops.sizes import HEADS
 from bench.ops.tune import GRID, PADDED_WIDTHS, Trial, Unfit, as_source, in_table, machine_of, row_with, search
 from kernels.attention.tiles import TILES, Tile, tile_of
 from kernels.launch import INTERPRETED, INTERPRETER, TARGETS
