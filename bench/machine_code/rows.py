@@ -10,7 +10,7 @@ from torch import Tensor
 import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run the loss head's products on the meta device without it
 from bench.machine_code.build import MachineCode, Specialized, build, specialize
 from bench.ops.catalogue import SHEETS
-from kernels.launch import TARGETS, Launched, Target, recorded
+from kernels.launch import TARGETS, LaunchRecord, Target, record_launches
 from training.config import TrainConfig, defaults
 
 META = torch.device("meta")
@@ -28,7 +28,7 @@ dK and dV at head dim 128 on an H100 (T 4096, 32 and 8 heads): 2.17 ms in tiles 
 # ----------------------------------------------------------------------------------------------------------------- gate
 
 
-def faults(code: MachineCode, launched: Launched, target: Target) -> list[str]:
+def faults(code: MachineCode, launched: LaunchRecord, target: Target) -> list[str]:
     """What is wrong with the machine code of a launch, in words; nothing where nothing is."""
     found = []
     if code.stack > MEASURED_SPILLS.get((launched.kernel.__name__, launched.arguments.get("HEAD_DIM"), target.arch), 0):
@@ -63,7 +63,7 @@ class Row:
     arch: str
     case: str
     direction: str
-    launched: Launched
+    launched: LaunchRecord
     specialized: Specialized
     presets: list[str] = field(default_factory=list)
     code: MachineCode | None = None
@@ -102,9 +102,9 @@ class Row:
             raise
 
 
-def launches(op: str, config: TrainConfig, target: Target) -> Iterator[tuple[str, Launched]]:
+def launches(op: str, config: TrainConfig, target: Target) -> Iterator[tuple[str, LaunchRecord]]:
     """Each launch of an op at the sizes of a preset, with `forward` or `backward`."""
-    with recorded(target) as found:
+    with record_launches(target) as found:
         outputs = _run(op, config)
         n_forward = len(found)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -24,7 +24,7 @@ from bench.roofline.__main__ import (
     measured_steps,
 )
 from bench.roofline.launches import ACCUMULATION, GLUE, Tally, call_bytes, count, launch_bytes, tensor_bytes
-from kernels.launch import HAVE_TRITON, Launched
+from kernels.launch import HAVE_TRITON, LaunchRecord
 from model.flops import step_costs
 from training.config import TrainConfig, defaults
 from training.errors import UserError
@@ -179,7 +179,7 @@ def test_a_product_reads_what_it_is_written_to_only_to_add_to_it(beta, n_bytes):
 
 def test_bytes_of_a_triton_launch_by_hand():
     x, y = meta(4, 8), meta(4, 8, dtype=torch.float32)
-    launched = Launched(None, (1,), {"x_ptr": x, "y_ptr": y, "n": 4, "BLOCK": 8}, 4, 2)
+    launched = LaunchRecord(None, (1,), {"x_ptr": x, "y_ptr": y, "n": 4, "BLOCK": 8}, 4, 2)
     assert launch_bytes(launched, changed=set()) == 64 + 128
     assert launch_bytes(launched, changed={y.untyped_storage()._cdata}) == 64 + 2 * 128
     assert tensor_bytes(meta(0, 8)) == 0
