@@ -28,8 +28,10 @@ from bench.measure import GpuInstant, Timing, environment, gpu_flush, time_in_tu
 from bench.ops import tune
 from bench.ops.catalogue import SHEETS, VARIANTS
 from bench.ops.contender import Contender
+from bench.ops.rows import OpRow, Speed
 from bench.ops.sheet import Case
 from bench.ops.sizes import cut, size
+from model.flops import Cost
 from training.config import TrainConfig
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.errors import UserError
@@ -99,7 +101,7 @@ def measure(options: OpsBench, console: Console) -> dict:
     ceiling = 0.0
     for op in ops:
         sizes = asked or {name: size(name) for name in (SHEETS[op].sizes if on_gpu else ("smoke",))}
-        rows: list[dict] = []
+        rows: list[OpRow] = []
         with console.status("") as status:
             for name, config in sizes.items():
                 status.update(f"{op}, {name}")
@@ -108,12 +110,11 @@ def measure(options: OpsBench, console: Console) -> dict:
                     result["ceilings"] = matmul_ceilings(dtype, device)
                     ceiling = 1e12 * result["ceilings"]["matmul_tflops"]
                 runnable = [v for v in variants[op] if v not in absent]
-                measured = measure_case(op, case, runnable, device, options.repeats, ceiling)
-                rows += [{"op": op, "size": name} | row for row in measured]
+                rows += measure_case(op, name, case, runnable, device, options.repeats, ceiling)
                 if options.json:
-                    write_json(options.json, result | {"rows": result["rows"] + rows})
+                    write_json(options.json, result | {"rows": result["rows"] + [row.result() for row in rows]})
                 torch.compiler.reset()  # or the ninth size would be one recompilation too many
-        result["rows"] += rows
+        result["rows"] += [row.result() for row in rows]
         console.print(table(op, rows, variants[op], result))
     if any("triton" in row["failed"] for row in result["rows"]):
         raise SystemExit(1)
@@ -157,8 +158,8 @@ def clock_of(device: torch.device) -> Callable:
 
 
 def measure_case(
-    op: str, case: Case, variants: list[str], device: torch.device, repeats: int, ceiling: float = 0.0
-) -> list[dict]:
+    op: str, size: str, case: Case, variants: list[str], device: torch.device, repeats: int, ceiling: float = 0.0
+) -> list[OpRow]:
     """A row a pass; where there is a forward and a backward, a third of both, by the sums of the medians.
 
     ceiling: FLOP/s of a matrix product, 0 where it was not measured.
@@ -190,14 +191,12 @@ def measure_case(
             for name, f, b in pairs
         }
     rows = [
-        {"shape": case.shape}
-        | figures(direction, cost.bytes, timed[direction], cost.flops, ceiling)
-        | {"failed": failed}
-        for direction, cost in costs.items()
+        OpRow(op, size, case.shape, name, cost.bytes, cost.flops, speeds(timed[name], cost, ceiling), failed)
+        for name, cost in costs.items()
     ]
     if device.type == "cuda" and "both" in costs:
         for name, contender in contenders.items():
-            rows[-1]["timings"][name]["peak_memory"] = peak_memory(contender)
+            rows[-1].timings[name].peak_memory = peak_memory(contender)
     return rows
 
 
@@ -209,39 +208,23 @@ def peak_memory(contender: Contender) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def figures(direction: str, n_bytes: int, timings: dict[str, Timing], n_flops: int = 0, ceiling: float = 0.0) -> dict:
-    """Figures of one pass: microseconds, GB/s of the bytes that must be moved, and the share of the copy's speed.
-
-    Where FLOPs are counted, TFLOP/s too, and the share of the ceiling, a matrix product's FLOP/s, where there is one.
-    `speedup`: how many times faster `triton` is than each other variant.
-    """
-    copy, triton = timings["copy"].median, timings.get("triton")
-    of_each = {}
+def speeds(timings: dict[str, Timing], cost: Cost, ceiling: float = 0.0) -> dict[str, Speed]:
+    """The figures of one pass, by variant. ceiling: FLOP/s of a matrix product, 0 where it was not measured."""
+    copy = timings["copy"].median
+    found = {}
     for name, t in timings.items():
-        of_each[name] = {
-            "us": 1e6 * t.median,
-            "us_min": 1e6 * t.minimum,
-            "us_max": 1e6 * t.maximum,
-            "gb_per_s": n_bytes / t.median / 1e9,
-            "of_copy": copy / t.median,
-        }
-        if n_flops and name != "copy":
-            of_each[name]["tflops"] = n_flops / t.median / 1e12
-            if ceiling:
-                of_each[name]["of_matmul"] = n_flops / t.median / ceiling
-    return {
-        "pass": direction,
-        "bytes": n_bytes,
-        "flops": n_flops,
-        "timings": of_each,
-        "speedup": {n: t.median / triton.median for n, t in timings.items() if n != "triton"} if triton else {},
-    }
+        speed = Speed(1e6 * t.median, cost.bytes / t.median / 1e9, copy / t.median, 1e6 * t.minimum, 1e6 * t.maximum)
+        if cost.flops and name != "copy":
+            speed.tflops = cost.flops / t.median / 1e12
+            speed.of_matmul = cost.flops / t.median / ceiling if ceiling else None
+        found[name] = speed
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
 
 
-def table(op: str, rows: list[dict], variants: list[str], result: dict) -> Table:
+def table(op: str, rows: list[OpRow], variants: list[str], result: dict) -> Table:
     """The rows of an op as people read them: microseconds by variant, then how good the kernel's are, then memory."""
     env = result["environment"]
     title = f"{op}: {result['dtype']}, {env['device']}, torch {env['torch']}, microseconds (median)"
@@ -249,43 +232,34 @@ def table(op: str, rows: list[dict], variants: list[str], result: dict) -> Table
     for heading in ("size", "shape", "pass"):
         shown.add_column(heading)
     notes = []
-    if has_flops := any(row["flops"] for row in rows):
+    if has_flops := any(row.flops for row in rows):
         speeds = {"TFLOP/s": ("tflops", "{:.0f}"), "of matmul": ("of_matmul", "{:.0%}")}
         burst, sustained = (result["ceilings"][f"{name}matmul_tflops"] for name in ("", "sustained_"))
         notes.append(f"a matmul in this run: {burst:.3g} TFLOP/s in a burst, {sustained:.3g} sustained")
     else:
         speeds = {"GB/s": ("gb_per_s", "{:.0f}"), "of copy": ("of_copy", "{:.0%}")}
-    has_kernel = any("triton" in row["timings"] for row in rows)
+    has_kernel = any("triton" in row.timings for row in rows)
     if has_kernel:
         notes.insert(0, f"{', '.join(speeds)} and speed against the best peer (above 1 is faster) are those of triton")
     for heading in ("copy", *variants, *((*speeds, "vs best peer") if has_kernel else ())):
         shown.add_column(heading, justify="right")
     for row in rows:
-        timings = row["timings"]
-        missing = result["absent"] | dict.fromkeys(row["failed"], "failed")
-        cells = [f"{timings[name]['us']:.1f}" if name in timings else missing[name] for name in ("copy", *variants)]
+        timings = row.timings
+        missing = result["absent"] | dict.fromkeys(row.failed, "failed")
+        cells = [f"{timings[name].us:.1f}" if name in timings else missing[name] for name in ("copy", *variants)]
         if "triton" in timings:
-            cells += [form.format(timings["triton"][figure]) for figure, form in speeds.values()]
-            cells.append(against_best(row["speedup"]))
-        memory = {name: figures["peak_memory"] for name, figures in timings.items() if "peak_memory" in figures}
-        is_last = row["pass"] in ("both", "update")
+            cells += [form.format(getattr(timings["triton"], figure)) for figure, form in speeds.values()]
+            cells.append("n/a" if row.best_peer is None else "{1:.2f}x {0}".format(*row.best_peer))
+        memory = {name: speed.peak_memory for name, speed in timings.items() if speed.peak_memory is not None}
+        is_last = row.direction in ("both", "update")
         shows_memory = has_flops and memory
-        shown.add_row(row["size"], row["shape"], row["pass"], *cells, end_section=is_last and not shows_memory)
+        shown.add_row(row.size, row.shape, row.direction, *cells, end_section=is_last and not shows_memory)
         if shows_memory:
             cells = [f"{memory[name] / 2**30:.2f}" if name in memory else "" for name in variants]
-            shown.add_row(row["size"], row["shape"], "peak GiB", "", *cells, end_section=True)
-    notes += sorted({f"failed: {name}: {reason}" for row in rows for name, reason in row["failed"].items()})
+            shown.add_row(row.size, row.shape, "peak GiB", "", *cells, end_section=True)
+    notes += sorted({f"failed: {name}: {reason}" for row in rows for name, reason in row.failed.items()})
     shown.caption = "\n".join(notes)
     return shown
-
-
-def against_best(speedup: dict[str, float]) -> str:
-    """How many times faster than the fastest peer, and which that is."""
-    peers = {name: ratio for name, ratio in speedup.items() if name != "copy"}
-    if not peers:
-        return "n/a"
-    best = min(peers, key=peers.get)
-    return f"{peers[best]:.2f}x {best}"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from bench import archive, command
 from bench.archive import Result
 from bench.measure import environment, write_json
 from bench.ops.catalogue import SHEETS
+from bench.ops.rows import OpRow
 from bench.roofline.launches import COUNTED_AS, Tally, count
 from kernels.launch import HAVE_TRITON, INTERPRETED
 from model.flops import flops_per_token, kernel_costs, step_costs
@@ -135,8 +136,8 @@ class Ceilings:
 def find_ceilings(gpu: Gpu, results: list[Result], copy_tb_s: float = 0.0, matmul_tflops: float = 0.0) -> Ceilings:
     """Those given, else the best that was measured on that GPU, else the datasheet's."""
     here = [result for result in results if result.gpu == gpu.name]
-    rows = [row for result in here if result.bench == "ops" for row in result.data["rows"]]
-    copies = [row["timings"]["copy"]["gb_per_s"] / 1000 for row in rows if row["bytes"] >= LARGE]
+    rows = [OpRow.read(row) for result in here if result.bench == "ops" for row in result.data["rows"]]
+    copies = [row.timings["copy"].gb_per_s / 1000 for row in rows if row.bytes >= LARGE]
     matmuls = [result.data["ceilings"]["matmul_tflops"] for result in here if "ceilings" in result.data]
     copy, copy_source = _first(copy_tb_s, max(copies, default=0.0), gpu.bandwidth / 1000)
     matmul, matmul_source = _first(matmul_tflops, max(matmuls, default=0.0), gpu.bf16 or gpu.fp16)
@@ -209,10 +210,10 @@ def measured_ops(config: TrainConfig, gpu: Gpu, results: list[Result]) -> dict[s
     newest: dict[str, float] = {}
     for result in results:
         if result.bench == "ops" and result.gpu == gpu.name and result.data["dtype"] != "float32":
-            for row in result.data["rows"]:
-                of_a_step = (row["size"], row["pass"]) == (config.preset, "both") and calls.get(row["op"])
-                if of_a_step and "triton" in row["timings"]:
-                    newest[row["op"]] = row["timings"]["triton"]["us"] / 1000
+            for row in map(OpRow.read, result.data["rows"]):
+                of_a_step = (row.size, row.direction) == (config.preset, "both") and calls.get(row.op)
+                if of_a_step and "triton" in row.timings:
+                    newest[row.op] = row.timings["triton"].us / 1000
     measured: dict[str, float] = {}
     if ("rms_norm" in newest) == ("add_rms_norm" in newest):  # half of the norms would be no figure of the norms
         for op, ms in newest.items():

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bench import archive
 from bench.archive import Result
+from bench.ops.rows import OpRow, Speed
 from bench.roofline import __main__ as roofline
 from bench.roofline.__main__ import (
     Ceilings,
@@ -106,7 +107,8 @@ def test_floors_agree_with_an_independent_estimate_on_the_ceilings_of_one_h100(m
 
 
 def copied(gb_per_s, n_bytes=2**30):
-    return {"size": "reference", "pass": "forward", "bytes": n_bytes, "timings": {"copy": {"gb_per_s": gb_per_s}}}
+    speeds = {"copy": Speed(us=1.0, gb_per_s=gb_per_s, of_copy=1.0)}
+    return OpRow("swiglu", "reference", "", "forward", n_bytes, 0, speeds, {}).result()
 
 
 def test_ceilings_are_those_given_else_the_best_measured_on_that_gpu_else_the_datasheets():
@@ -137,7 +139,7 @@ def test_what_was_measured_of_this_step_on_this_gpu_stands_beside_it():
 
 def test_measured_ops_are_a_steps_worth_of_calls():
     rows = [
-        {"op": op, "size": "reference", "pass": "both", "timings": {"triton": {"us": us}}}
+        OpRow(op, "reference", "", "both", 0, 0, {"triton": Speed(us, 1.0, 1.0)}, {}).result()
         for op, us in (("rms_norm", 100.0), ("add_rms_norm", 50.0), ("swiglu", 10.0))
     ]
     found = measured_ops(defaults("reference", "cpu"), H100, [result("ops", dtype="bfloat16", rows=rows)])
