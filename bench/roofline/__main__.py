@@ -246,7 +246,11 @@ def floor_tally(config: TrainConfig) -> dict[str, Tally]:
     for op, sheet in SHEETS.items():
         counted_as = COUNTED_AS.get(op, op)
         passes[counted_as] = passes.get(counted_as, 0) + 2 * sheet.calls(config)
-    passes |= {"linear": 3 * 4 * layers, "linear_cross_entropy": 4}
+    passes |= {
+        "rope": layers,
+        "linear": 3 * 4 * layers,
+        "linear_cross_entropy": 4,
+    }  # attention's backward is rope's too
     launches = {op: n * micro_steps for op, n in passes.items()} | {"optimizer": 1}
     costs = step_costs(config.shape(), config.batch_size, micro_steps)
     return {op: Tally(launches[op], cost.bytes) for op, cost in costs.items()}

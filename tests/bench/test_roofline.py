@@ -100,7 +100,10 @@ def test_the_step_is_the_sum_of_its_rows():
 @pytest.mark.parametrize(("preset", "ms"), [("reference", 23.2), ("124m", 746.0), ("llama3.2-1b", 12.5e-3 * 131_072)])
 def test_floors_agree_with_an_independent_estimate_on_the_ceilings_of_one_h100(monkeypatch, preset, ms):
     monkeypatch.setattr(roofline, "NEEDED", {})  # the estimate counts attention as MFU does
-    assert floor(defaults(preset, "cpu"), MEASURED)["ms"] == pytest.approx(ms, rel=0.06)
+    found = floor(defaults(preset, "cpu"), MEASURED)
+    # It has a backward pass of rope, as long as the forward, which is part of attention's here.
+    rope = next(row["ms"] for row in found["rows"] if row["op"] == "rope")
+    assert found["ms"] + rope == pytest.approx(ms, rel=0.06)
 
 
 # ------------------------------------------------------------------------------------------------------------- ceilings
