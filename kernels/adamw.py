@@ -39,7 +39,7 @@ from kernels.launch import (
     wrap_triton,
 )
 
-# ------------------------------------------------------------------------------------------------------------ reference
+# ----------------------------------------------------------------------------------------------------------- torch twin
 
 
 def adamw_torch(
@@ -64,7 +64,7 @@ def adamw_torch(
     values, gradients, exp_avg, exp_avg_sq: (N,) float32, dense. copies: (C,) bfloat16 or float16 with C at most N, the
     first C values rounded to nearest even; None for none. step: updates made before; lr: learning rate; factor: the
     gradients are multiplied by it; skip: 1 to leave everything unchanged, else 0; all four 0-d float32.
-    n_decayed: how many elements, from the first on, decay by `weight_decay`. This reference takes float64 too, of all
+    n_decayed: how many elements, from the first on, decay by `weight_decay`. This twin takes float64 too, of all
     but the copies. Raises ValueError on anything else.
     """
     _check(

@@ -5,7 +5,7 @@ Nothing here knows one op. An op file takes from here
 - `triton`, `tl`: the packages, or stand-ins where there is no Triton, so that every op file can be imported anywhere;
 - `register_op`, `wrap_triton`: how a launcher becomes a PyTorch op that `torch.compile` takes into its graph;
 - `Target`, `target_of`, `Launch`: a launch is a value, chosen by a pure function of sizes and target;
-- `recorded`: runs launchers on the meta device for any target and lists what they would have launched;
+- `record_launches`: runs launchers on the meta device for any target and lists what they would have launched;
 - `check_tensor`, `check_usable`, `check_first_derivative`: the `ValueError` of bad input, the `RuntimeError` where kernels cannot
   run, or a gradient cannot be differentiated.
 """
@@ -42,7 +42,7 @@ else:
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
-"""What the torch references take as well: in float64 they are the yardstick of the tests."""
+"""What the torch twins take as well: in float64 they are the yardstick of the tests."""
 
 
 # --------------------------------------------------------------------------------------------------------------- target
@@ -140,7 +140,7 @@ def aligned_strides(**strides: int) -> dict[str, int]:
     return {name: stride // unit for name, stride in strides.items()} | {"ALIGNMENT": unit}
 
 
-def head_strides(**tensors: Tensor) -> dict[str, int]:
+def bth_strides(**tensors: Tensor) -> dict[str, int]:
     """NAME_stride_b, NAME_stride_t and NAME_stride_h of each (B, T, heads, D), in units of their common ALIGNMENT."""
     return aligned_strides(
         **{f"{name}_stride_{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bth")}
@@ -209,8 +209,8 @@ def wrap_triton(kernel: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Launched:
-    """One launch as `recorded` saw it: `arguments` by parameter name, tiles and other constexprs among them."""
+class LaunchRecord:
+    """One launch as `record_launches` saw it: `arguments` by parameter name, tiles and other constexprs among them."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -222,18 +222,18 @@ class Launched:
 @dataclass
 class _Recording:
     target: Target
-    launches: list[Launched] = field(default_factory=list)
+    launches: list[LaunchRecord] = field(default_factory=list)
 
 
 @dataclass
 class _Recorder:
     kernel: Any
-    launches: list[Launched]
+    launches: list[LaunchRecord]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def launch(*args: Any, num_warps: int, num_stages: int, **kwargs: Any) -> None:
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            self.launches.append(Launched(self.kernel, grid, arguments, num_warps, num_stages))
+            self.launches.append(LaunchRecord(self.kernel, grid, arguments, num_warps, num_stages))
 
         return launch
 
@@ -242,7 +242,7 @@ _recording: _Recording | None = None
 
 
 @contextlib.contextmanager
-def recorded(target: Target) -> Iterator[list[Launched]]:
+def record_launches(target: Target) -> Iterator[list[LaunchRecord]]:
     """Inside, ops on tensors of the meta device launch nothing: the list gets what they would launch on `target`.
 
     So the machine code of any size on any GPU is built from the launcher's own arguments. Not in the interpreter, and

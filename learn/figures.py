@@ -1,6 +1,6 @@
 """What the compiler makes of a step, read with no GPU: what LEARN.md's tables hold.
 
-A step runs on tensors of the meta device while `kernels.launch.recorded` writes down its launches, and each of these is
+A step runs on tensors of the meta device while `kernels.launch.record_launches` writes down its launches, and each of these is
 built for an H100 (sm_90) as `bench.machine_code` does it. Needs Triton, and kernels that were not defined in its interpreter.
 """
 
@@ -20,7 +20,7 @@ from bench.machine_code.build import (
     specialize,
 )
 from bench.machine_code.loops import find_loops, hottest
-from kernels.launch import TARGETS, Launched, recorded
+from kernels.launch import TARGETS, LaunchRecord, record_launches
 
 TARGET = TARGETS["sm_90"]
 
@@ -60,7 +60,7 @@ def measure(run: Callable[[], object], inputs: tuple[str, ...], units: int = 0) 
     inputs: parameters of the kernels whose loads count as `load`. units: elements or scores that a launch without a loop
     works on; a pass of a loop works on BLOCK_M × BLOCK_N of them.
     """
-    with recorded(TARGET) as launches:
+    with record_launches(TARGET) as launches:
         run()
     specialized = [specialize(launched, TARGET) for launched in launches]
     codes = [build(each) for each in specialized]
@@ -78,7 +78,7 @@ def measure(run: Callable[[], object], inputs: tuple[str, ...], units: int = 0) 
     )
 
 
-def _instructions(launched: Launched, specialized: Specialized, code: MachineCode, units: int) -> float:
+def _instructions(launched: LaunchRecord, specialized: Specialized, code: MachineCode, units: int) -> float:
     """Instructions of a thread, matrix ones left out, times the threads, over what these work on together."""
     threads = code.warps * TARGET.warp_size
     compiled = compile_specialized(specialized)

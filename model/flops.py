@@ -34,25 +34,35 @@ def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kind of operation costs in a whole optimizer step."""
+    """What must be moved and computed, at the least."""
 
-    op: str
-    flops: int
     bytes: int
     """Device memory read and written, each tensor once an operation that touches it."""
-    part: str = ""
-    """Which of the op's kernels, where they are told apart."""
+    flops: int = 0
+    """Two a multiply-add; 0 where memory is the limit and they are not counted."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def times(self, n: int) -> "Cost":
+        """So many of it."""
+        return Cost(n * self.bytes, n * self.flops)
 
 
-def step_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2) -> list[Cost]:
+def step_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2) -> dict[str, Cost]:
     """The floor of a step, op by op: `kernel_costs` summed."""
-    parts = kernel_costs(config, micro_batch, micro_steps, activation_bytes)
-    by_op = {op: [cost for cost in parts if cost.op == op] for op in dict.fromkeys(cost.op for cost in parts)}
-    return [Cost(op, sum(c.flops for c in costs), sum(c.bytes for c in costs)) for op, costs in by_op.items()]
+    by_op: dict[str, Cost] = {}
+    for op, _, cost in kernel_costs(config, micro_batch, micro_steps, activation_bytes):
+        by_op[op] = by_op.get(op, Cost(0)) + cost
+    return by_op
 
 
-def kernel_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2) -> list[Cost]:
+def kernel_costs(
+    config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2
+) -> list[tuple[str, str, Cost]]:
     """The floor of a step if each op reads its inputs and writes its outputs once, each matrix product by itself.
+
+    The op, which of its kernels where they are told apart, and what they cost in the whole step.
 
     micro_batch: sequences; micro_steps: accumulated; activation_bytes: 2 for half precision, 4 for float32.
     Per op and micro-step, with M tokens and a = activation_bytes (forward + backward):
@@ -70,26 +80,27 @@ def kernel_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activa
     dim, ffn, layers, vocab = config.dim, config.hidden_dim, config.n_layers, config.vocab_size
     q, kv = config.dim, config.n_kv_heads * config.head_dim
 
-    def products(op: str, part: str, inputs: int, outputs: int, times: int) -> list[Cost]:
-        flops = times * 2 * tokens * inputs * outputs
+    def products(op: str, part: str, inputs: int, outputs: int, times: int) -> list[tuple[str, str, Cost]]:
+        flops = 2 * tokens * inputs * outputs
         activations, weight = tokens * (inputs + outputs) * a, inputs * outputs
-        forward = Cost(op, flops, times * (activations + weight * a), part)
-        gradient_of_weight = Cost(op, flops, times * (activations + 2 * weight * FLOAT32), part)
-        return [forward, forward, gradient_of_weight]  # the gradient of the input moves what the forward moves
+        forward = Cost(activations + weight * a, flops)
+        gradient_of_weight = Cost(activations + 2 * weight * FLOAT32, flops)
+        # the gradient of the input moves what the forward moves
+        return [(op, part, cost.times(times)) for cost in (forward, forward, gradient_of_weight)]
 
     linears = {"wqkv": (dim, q + 2 * kv), "wo": (q, dim), "w_gate_up": (dim, 2 * ffn), "w_down": (ffn, dim)}
     norms = 2 * layers * tokens * dim * (4 + 4) * a + tokens * dim * (2 + 3) * a
     attention = tokens * ((2 * q + 2 * kv) + (4 * q + 4 * kv)) * a + 2 * tokens * config.n_heads * FLOAT32
     micro_step = [
-        Cost("embedding", 0, tokens * dim * 3 * a + 2 * min(tokens, vocab) * dim * FLOAT32),
-        *(cost for name, shape in linears.items() for cost in products("linear", name, *shape, layers)),
-        Cost("rms_norm", 0, norms),
-        Cost("rope", 0, layers * tokens * 2 * (q + kv) * a),
-        Cost("swiglu", 0, layers * tokens * ffn * (3 + 5) * a),
-        Cost("attention", 12 * layers * tokens * q * config.max_seq_len, layers * attention),
+        ("embedding", "", Cost(tokens * dim * 3 * a + 2 * min(tokens, vocab) * dim * FLOAT32)),
+        *(kernel for name, shape in linears.items() for kernel in products("linear", name, *shape, layers)),
+        ("rms_norm", "", Cost(norms)),
+        ("rope", "", Cost(layers * tokens * 2 * (q + kv) * a)),
+        ("swiglu", "", Cost(layers * tokens * ffn * (3 + 5) * a)),
+        ("attention", "", Cost(layers * attention, 12 * layers * tokens * q * config.max_seq_len)),
         *products("linear_cross_entropy", "products", dim, vocab, 1),
-        Cost("linear_cross_entropy", 0, tokens * vocab * 2 * a, "softmax"),
+        ("linear_cross_entropy", "softmax", Cost(tokens * vocab * 2 * a)),
     ]
     copies = matmul_parameters(config) * a if a < FLOAT32 else 0
-    update = Cost("optimizer", 0, 7 * parameters(config) * FLOAT32 + copies)
-    return [Cost(c.op, c.flops * micro_steps, c.bytes * micro_steps, c.part) for c in micro_step] + [update]
+    update = ("optimizer", "", Cost(7 * parameters(config) * FLOAT32 + copies))
+    return [(op, part, cost.times(micro_steps)) for op, part, cost in micro_step] + [update]

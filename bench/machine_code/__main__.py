@@ -6,8 +6,8 @@
     python -m bench.machine_code --diff HEAD --arch sm_90               what changed against another commit
     python -m bench.machine_code --show "attention forward"             where one kernel spends its instructions
 
-Each op of `bench.machine_code_cases` runs on tensors of the meta device, forward and backward in bfloat16, while
-`kernels.launch.recorded` writes down what its launcher would launch on an A100 (sm_80), H100 (sm_90), B200 (sm_100) or
+Each op of `bench.ops` runs on tensors of the meta device, forward and backward in bfloat16, while
+`kernels.launch.record_launches` writes down what its launcher would launch on an A100 (sm_80), H100 (sm_90), B200 (sm_100) or
 MI300X (gfx942). That is compiled and the machine code is read; sizes that come to the same code share a row:
 
     warps      of one program, which the launcher chose beside the tile

@@ -1,6 +1,6 @@
 """The machine code of one launch, built and read with no GPU.
 
-`specialize` turns a launch that `kernels.launch.recorded` saw into what Triton's launcher would compile for it, by
+`specialize` turns a launch that `kernels.launch.record_launches` saw into what Triton's launcher would compile for it, by
 Triton's own binder: which arguments are constants, which are multiples of 16, which tensors are aligned. `build` compiles
 that and reads the result: the cubin with the disassemblers that come inside Triton, AMD's code in its assembly.
 """
@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from bench.machine_code.disassembly import KINDS, Instruction, read_amdgcn, read_sass
-from kernels.launch import INTERPRETED, Launched, Target
+from kernels.launch import INTERPRETED, LaunchRecord, Target
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Specialized:
         return {names[at]: value for (at,), value in self.source.constants.items()}
 
 
-def specialize(launched: Launched, target: Target) -> Specialized:
+def specialize(launched: LaunchRecord, target: Target) -> Specialized:
     """What Triton would compile for a launch. Needs Triton, and kernels that were not defined in its interpreter."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature

@@ -1,15 +1,19 @@
 """The rows of `bench.machine_code`: each kernel as presets launch it on an architecture, and the faults in its code."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run the loss head's products on the meta device without it
 from bench.machine_code.build import MachineCode, Specialized, build, specialize
-from bench.machine_code.cases import CASES, launches
-from kernels.launch import TARGETS, Launched, Target
-from training.config import defaults
+from bench.ops.catalogue import SHEETS
+from kernels.launch import TARGETS, LaunchRecord, Target, record_launches
+from training.config import TrainConfig, defaults
 
+META = torch.device("meta")
 WIDE = 16
 """Bytes of the widest access that every architecture here has."""
 
@@ -24,7 +28,7 @@ dK and dV at head dim 128 on an H100 (T 4096, 32 and 8 heads): 2.17 ms in tiles 
 # ----------------------------------------------------------------------------------------------------------------- gate
 
 
-def faults(code: MachineCode, launched: Launched, target: Target) -> list[str]:
+def faults(code: MachineCode, launched: LaunchRecord, target: Target) -> list[str]:
     """What is wrong with the machine code of a launch, in words; nothing where nothing is."""
     found = []
     if code.stack > MEASURED_SPILLS.get((launched.kernel.__name__, launched.arguments.get("HEAD_DIM"), target.arch), 0):
@@ -59,7 +63,7 @@ class Row:
     arch: str
     case: str
     direction: str
-    launched: Launched
+    launched: LaunchRecord
     specialized: Specialized
     presets: list[str] = field(default_factory=list)
     code: MachineCode | None = None
@@ -98,11 +102,33 @@ class Row:
             raise
 
 
+def launches(op: str, config: TrainConfig, target: Target) -> Iterator[tuple[str, LaunchRecord]]:
+    """Each launch of an op at the sizes of a preset, with `forward` or `backward`."""
+    with record_launches(target) as found:
+        outputs = _run(op, config)
+        n_forward = len(found)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [x for x in outputs if x is not None and x.requires_grad]
+        if wanted:
+            torch.autograd.backward(wanted, [torch.empty_like(x) for x in wanted])
+    for i, launched in enumerate(found):
+        yield "forward" if i < n_forward else "backward", launched
+
+
+def _run(op: str, config: TrainConfig) -> Any:
+    """The kernel, as its sheet has it."""
+    sheet = SHEETS[op]
+    if sheet.launched:
+        return sheet.launched(config)
+    case = sheet.case(config, torch.bfloat16, META)
+    return sheet.peers["triton"].make(case)(*case.arguments, **case.keywords)
+
+
 def record(archs: list[str], presets: list[str]) -> list[Row]:
     """Each code there is to build, once, forward before backward; nothing is built yet."""
     rows: dict[tuple[str, str, str, str], Row] = {}
     for arch in archs:
-        for case in CASES:
+        for case in SHEETS:
             for preset in presets:
                 for direction, launched in launches(case, defaults(preset), TARGETS[arch]):
                     specialized = specialize(launched, TARGETS[arch])
@@ -110,7 +136,7 @@ def record(archs: list[str], presets: list[str]) -> list[Row]:
                     row = rows.setdefault((arch, case, direction, specialized.key), new)
                     if preset not in row.presets:
                         row.presets.append(preset)
-    targets, cases = list(TARGETS), list(CASES)
+    targets, cases = list(TARGETS), list(SHEETS)
     return sorted(
         rows.values(), key=lambda row: (targets.index(row.arch), cases.index(row.case), row.direction != "forward")
     )

@@ -1,13 +1,13 @@
 """Each op against its peers, forward and backward: `python -m bench.ops --op swiglu --preset reference 8192x4096`.
 
-Variants are those of `bench/op_peers.py`: the torch twin (`eager`), the same compiled, Liger's op, SDPA's backends,
-FlexAttention, `F.linear_cross_entropy`, and so on, and the kernel here (`triton`). Beside them stand the ceilings, measured in the
+Variants are those of the op's sheet, `bench/ops/<switch>.py`: the torch twin (`eager`), the same compiled, Liger's op, SDPA's
+backends, FlexAttention, and so on, and the kernel here (`triton`). Beside them stand the ceilings, measured in the
 same run: a copy of as many bytes as the op must move, timed in turns with the variants; and a matrix product, right after a
 rest (burst) and after a second of nothing else (sustained, when a GPU is at its power limit).
 On a GPU the time is the GPU's own, with cold caches; what Python needs to launch an op is in `bench.step`'s figures.
 Algorithms are deterministic as in training, but for variants that have none such.
 
-`--tune attention` searches better tiles for this GPU instead (`bench/tune.py`). `pytest bench/ --benchmark-only` measures
+`--tune attention` searches better tiles for this GPU instead (`bench/ops/tune.py`). `pytest bench/ --benchmark-only` measures
 the same cases, for pytest-benchmark's tools to compare and draw.
 """
 
@@ -26,13 +26,17 @@ from torch import Tensor
 from bench import command
 from bench.measure import GpuInstant, Timing, environment, gpu_flush, time_in_turn, wall_clock, write_json
 from bench.ops import tune
-from bench.ops.cases import CASES, SIZES, Case, cut, size
-from bench.ops.peers import PEERS, VARIANTS, Contender, why_absent
+from bench.ops.catalogue import SHEETS, VARIANTS
+from bench.ops.contender import Contender
+from bench.ops.rows import OpRow, Speed
+from bench.ops.sheet import Case
+from bench.ops.sizes import cut, size
+from model.flops import Cost
 from training.config import TrainConfig
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.errors import UserError
 
-OPS = tuple(CASES)
+OPS = tuple(SHEETS)
 WARMUP = 5
 CPU_TOKENS = 1024
 
@@ -89,28 +93,28 @@ def measure(options: OpsBench, console: Console) -> dict:
             f"no GPU here: what runs on the CPU is timed there, {CPU_TOKENS} tokens at most; the kernels, the peers that need "
             "a GPU and whatever is true of one are not measured"
         )
-    variants = {op: [v for v in PEERS[op] if not options.variants or v in options.variants] for op in ops}
-    absent = {v: reason for op in ops for v in variants[op] if (reason := why_absent(op, v, device))}
+    variants = {op: [v for v in SHEETS[op].peers if not options.variants or v in options.variants] for op in ops}
+    peers = {v: SHEETS[op].peers[v] for op in ops for v in variants[op]}
+    absent = {v: reason for v, peer in peers.items() if (reason := peer.why_absent(device, dtype))}
     result = {"bench": "ops", "dtype": str(dtype).removeprefix("torch."), "deterministic": options.deterministic}
     result |= {"absent": absent, "rows": [], "environment": environment()}
     ceiling = 0.0
     for op in ops:
-        sizes = asked or {name: size(name) for name in (SIZES[op] if on_gpu else ("smoke",))}
-        rows: list[dict] = []
+        sizes = asked or {name: size(name) for name in (SHEETS[op].sizes if on_gpu else ("smoke",))}
+        rows: list[OpRow] = []
         with console.status("") as status:
             for name, config in sizes.items():
                 status.update(f"{op}, {name}")
-                case = CASES[op](config if on_gpu else cut(config, CPU_TOKENS), dtype, device)
+                case = SHEETS[op].case(config if on_gpu else cut(config, CPU_TOKENS), dtype, device)
                 if not ceiling and any(cost.flops for cost in case.costs.values()):
                     result["ceilings"] = matmul_ceilings(dtype, device)
                     ceiling = 1e12 * result["ceilings"]["matmul_tflops"]
                 runnable = [v for v in variants[op] if v not in absent]
-                measured = measure_case(op, case, runnable, device, options.repeats, ceiling)
-                rows += [{"op": op, "size": name} | row for row in measured]
+                rows += measure_case(op, name, case, runnable, device, options.repeats, ceiling)
                 if options.json:
-                    write_json(options.json, result | {"rows": result["rows"] + rows})
+                    write_json(options.json, result | {"rows": result["rows"] + [row.result() for row in rows]})
                 torch.compiler.reset()  # or the ninth size would be one recompilation too many
-        result["rows"] += rows
+        result["rows"] += [row.result() for row in rows]
         console.print(table(op, rows, variants[op], result))
     if any("triton" in row["failed"] for row in result["rows"]):
         raise SystemExit(1)
@@ -154,8 +158,8 @@ def clock_of(device: torch.device) -> Callable:
 
 
 def measure_case(
-    op: str, case: Case, variants: list[str], device: torch.device, repeats: int, ceiling: float = 0.0
-) -> list[dict]:
+    op: str, size: str, case: Case, variants: list[str], device: torch.device, repeats: int, ceiling: float = 0.0
+) -> list[OpRow]:
     """A row a pass; where there is a forward and a backward, a third of both, by the sums of the medians.
 
     ceiling: FLOP/s of a matrix product, 0 where it was not measured.
@@ -187,14 +191,12 @@ def measure_case(
             for name, f, b in pairs
         }
     rows = [
-        {"shape": case.shape}
-        | figures(direction, cost.bytes, timed[direction], cost.flops, ceiling)
-        | {"failed": failed}
-        for direction, cost in costs.items()
+        OpRow(op, size, case.shape, name, cost.bytes, cost.flops, speeds(timed[name], cost, ceiling), failed)
+        for name, cost in costs.items()
     ]
     if device.type == "cuda" and "both" in costs:
         for name, contender in contenders.items():
-            rows[-1]["timings"][name]["peak_memory"] = peak_memory(contender)
+            rows[-1].timings[name].peak_memory = peak_memory(contender)
     return rows
 
 
@@ -206,39 +208,23 @@ def peak_memory(contender: Contender) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def figures(direction: str, n_bytes: int, timings: dict[str, Timing], n_flops: int = 0, ceiling: float = 0.0) -> dict:
-    """Figures of one pass: microseconds, GB/s of the bytes that must be moved, and the share of the copy's speed.
-
-    Where FLOPs are counted, TFLOP/s too, and the share of the ceiling, a matrix product's FLOP/s, where there is one.
-    `speedup`: how many times faster `triton` is than each other variant.
-    """
-    copy, triton = timings["copy"].median, timings.get("triton")
-    of_each = {}
+def speeds(timings: dict[str, Timing], cost: Cost, ceiling: float = 0.0) -> dict[str, Speed]:
+    """The figures of one pass, by variant. ceiling: FLOP/s of a matrix product, 0 where it was not measured."""
+    copy = timings["copy"].median
+    found = {}
     for name, t in timings.items():
-        of_each[name] = {
-            "us": 1e6 * t.median,
-            "us_min": 1e6 * t.minimum,
-            "us_max": 1e6 * t.maximum,
-            "gb_per_s": n_bytes / t.median / 1e9,
-            "of_copy": copy / t.median,
-        }
-        if n_flops and name != "copy":
-            of_each[name]["tflops"] = n_flops / t.median / 1e12
-            if ceiling:
-                of_each[name]["of_matmul"] = n_flops / t.median / ceiling
-    return {
-        "pass": direction,
-        "bytes": n_bytes,
-        "flops": n_flops,
-        "timings": of_each,
-        "speedup": {n: t.median / triton.median for n, t in timings.items() if n != "triton"} if triton else {},
-    }
+        speed = Speed(1e6 * t.median, cost.bytes / t.median / 1e9, copy / t.median, 1e6 * t.minimum, 1e6 * t.maximum)
+        if cost.flops and name != "copy":
+            speed.tflops = cost.flops / t.median / 1e12
+            speed.of_matmul = cost.flops / t.median / ceiling if ceiling else None
+        found[name] = speed
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
 
 
-def table(op: str, rows: list[dict], variants: list[str], result: dict) -> Table:
+def table(op: str, rows: list[OpRow], variants: list[str], result: dict) -> Table:
     """The rows of an op as people read them: microseconds by variant, then how good the kernel's are, then memory."""
     env = result["environment"]
     title = f"{op}: {result['dtype']}, {env['device']}, torch {env['torch']}, microseconds (median)"
@@ -246,43 +232,34 @@ def table(op: str, rows: list[dict], variants: list[str], result: dict) -> Table
     for heading in ("size", "shape", "pass"):
         shown.add_column(heading)
     notes = []
-    if has_flops := any(row["flops"] for row in rows):
+    if has_flops := any(row.flops for row in rows):
         speeds = {"TFLOP/s": ("tflops", "{:.0f}"), "of matmul": ("of_matmul", "{:.0%}")}
         burst, sustained = (result["ceilings"][f"{name}matmul_tflops"] for name in ("", "sustained_"))
         notes.append(f"a matmul in this run: {burst:.3g} TFLOP/s in a burst, {sustained:.3g} sustained")
     else:
         speeds = {"GB/s": ("gb_per_s", "{:.0f}"), "of copy": ("of_copy", "{:.0%}")}
-    has_kernel = any("triton" in row["timings"] for row in rows)
+    has_kernel = any("triton" in row.timings for row in rows)
     if has_kernel:
         notes.insert(0, f"{', '.join(speeds)} and speed against the best peer (above 1 is faster) are those of triton")
     for heading in ("copy", *variants, *((*speeds, "vs best peer") if has_kernel else ())):
         shown.add_column(heading, justify="right")
     for row in rows:
-        timings = row["timings"]
-        missing = result["absent"] | dict.fromkeys(row["failed"], "failed")
-        cells = [f"{timings[name]['us']:.1f}" if name in timings else missing[name] for name in ("copy", *variants)]
+        timings = row.timings
+        missing = result["absent"] | dict.fromkeys(row.failed, "failed")
+        cells = [f"{timings[name].us:.1f}" if name in timings else missing[name] for name in ("copy", *variants)]
         if "triton" in timings:
-            cells += [form.format(timings["triton"][figure]) for figure, form in speeds.values()]
-            cells.append(against_best(row["speedup"]))
-        memory = {name: figures["peak_memory"] for name, figures in timings.items() if "peak_memory" in figures}
-        is_last = row["pass"] in ("both", "update")
+            cells += [form.format(getattr(timings["triton"], figure)) for figure, form in speeds.values()]
+            cells.append("n/a" if row.best_peer is None else "{1:.2f}x {0}".format(*row.best_peer))
+        memory = {name: speed.peak_memory for name, speed in timings.items() if speed.peak_memory is not None}
+        is_last = row.direction in ("both", "update")
         shows_memory = has_flops and memory
-        shown.add_row(row["size"], row["shape"], row["pass"], *cells, end_section=is_last and not shows_memory)
+        shown.add_row(row.size, row.shape, row.direction, *cells, end_section=is_last and not shows_memory)
         if shows_memory:
             cells = [f"{memory[name] / 2**30:.2f}" if name in memory else "" for name in variants]
-            shown.add_row(row["size"], row["shape"], "peak GiB", "", *cells, end_section=True)
-    notes += sorted({f"failed: {name}: {reason}" for row in rows for name, reason in row["failed"].items()})
+            shown.add_row(row.size, row.shape, "peak GiB", "", *cells, end_section=True)
+    notes += sorted({f"failed: {name}: {reason}" for row in rows for name, reason in row.failed.items()})
     shown.caption = "\n".join(notes)
     return shown
-
-
-def against_best(speedup: dict[str, float]) -> str:
-    """How many times faster than the fastest peer, and which that is."""
-    peers = {name: ratio for name, ratio in speedup.items() if name != "copy"}
-    if not peers:
-        return "n/a"
-    best = min(peers, key=peers.get)
-    return f"{peers[best]:.2f}x {best}"
 
 
 if __name__ == "__main__":

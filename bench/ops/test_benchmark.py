@@ -12,8 +12,9 @@ import torch
 
 from bench.measure import GpuInstant, gpu_flush
 from bench.ops.__main__ import CPU_TOKENS, WARMUP, copy_of
-from bench.ops.cases import CASES, SIZES, cut, size
-from bench.ops.peers import PEERS, Contender, why_absent
+from bench.ops.catalogue import SHEETS
+from bench.ops.contender import Contender
+from bench.ops.sizes import cut, size
 from training.device import set_determinism
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,15 +23,15 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
 def make_case(op, size_name, device=DEVICE):
-    return CASES[op](size(size_name) if ON_GPU else cut(size(size_name), CPU_TOKENS), DTYPE, device)
+    return SHEETS[op].case(size(size_name) if ON_GPU else cut(size(size_name), CPU_TOKENS), DTYPE, device)
 
 
 BENCHMARKS = [
     (op, size_name, direction, variant)
-    for op in CASES
-    for size_name in (SIZES[op] if ON_GPU else ("smoke",))
+    for op in SHEETS
+    for size_name in (SHEETS[op].sizes if ON_GPU else ("smoke",))
     for direction in make_case(op, size_name, torch.device("meta")).costs
-    for variant in ("copy", *PEERS[op])
+    for variant in ("copy", *SHEETS[op].peers)
 ]
 
 
@@ -44,7 +45,7 @@ def flush():
 @pytest.mark.parametrize(("op", "size_name", "direction", "variant"), BENCHMARKS)
 def test_op(benchmark, flush, op, size_name, direction, variant):
     benchmark.group = f"{op} {size_name} {direction}"
-    if variant != "copy" and (reason := why_absent(op, variant, DEVICE)):
+    if variant != "copy" and (reason := SHEETS[op].peers[variant].why_absent(DEVICE, DTYPE)):
         pytest.skip(f"{variant}: {reason}")
     case = make_case(op, size_name)
     cost = case.costs[direction]

@@ -19,8 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.measure import GpuInstant, gpu_flush, time_in_turn
-from bench.ops.cases import CASES, HEADS, size
-from bench.ops.peers import Contender
+from bench.ops.catalogue import SHEETS
+from bench.ops.contender import Contender
+from bench.ops.sizes import HEADS, size
 from kernels.attention.backward import _attention_dkdv_kernel, _attention_dq_kernel
 from kernels.attention.forward import _attention_forward_kernel
 from kernels.attention.tiles import TILES, Tile, head_tiles, tile_of
@@ -111,7 +112,7 @@ class Trial:
     """A kernel of attention on one case, under any tile."""
 
     def __init__(self, kernel: str, config: TrainConfig, dtype: torch.dtype, device: torch.device, repeats: int):
-        case = CASES["attention"](config, dtype, device)
+        case = SHEETS["attention"].case(config, dtype, device)
         self.kernel = kernel
         self.head_dim, self.itemsize, self.target = config.head_dim, dtype.itemsize, target_of(case.arguments[0])
         self.machine = machine_of(self.itemsize, self.target)
@@ -209,7 +210,7 @@ def search_and_show(
                 faster, unfit = f"{found.old_us / found.new_us:.2f}x", f"{len(found.unfit)} of {len(GRID)}"
                 shown.add_row(name, kernel, trial.direction, *tiles, faster, unfit)
     console.print(shown)
-    console.print("For TILES in kernels/attention_tiles.py:")
+    console.print("For TILES in kernels/attention/tiles.py:")
     for kernel in KERNELS:
         console.print(
             f"{kernel:8} {as_source(trial.machine, rows[kernel][trial.machine])}", highlight=False, soft_wrap=True

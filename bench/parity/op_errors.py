@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.ops.catalogue import SHEETS
 from kernels import TORCH, Ops
 from kernels.ops import FIELDS
 from model import Llama
@@ -21,14 +22,6 @@ from model import Llama
 # The relative error below which two results are equally good. In half precision: that of rounding the result once. In
 # float32: that of a sum in another order. Twice these are the bounds that the tests hold the kernels to.
 FLOOR = {torch.float32: 5e-7, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
-
-_OUTPUTS = {
-    "add_rms_norm": ("y", "summed"),
-    "rope": ("q", "k", "v"),
-    "attention": ("o",),
-    "linear_cross_entropy": ("loss",),
-    "embedding": ("x",),
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ def _run(call: Call, function: Callable, dtype: torch.dtype | None = None) -> di
     wanted = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}
     reached = [(y, dy.to(y.dtype)) for y, dy in zip(outputs, call.upstream, strict=True) if dy is not None]
     gradients = torch.autograd.grad([y for y, _ in reached], list(wanted.values()), [dy for _, dy in reached])
-    result = {("output", name): y.detach() for name, y in zip(_OUTPUTS.get(call.op, ("y",)), outputs, strict=True)}
+    result = {("output", name): y.detach() for name, y in zip(SHEETS[call.op].outputs, outputs, strict=True)}
     return result | {("gradient", name): dx for name, dx in zip(wanted, gradients, strict=True)}
 
 

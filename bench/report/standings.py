@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from bench.archive import Result
+from bench.ops.rows import OpRow
 from bench.report.goals import LOSS_HEAD_SIZE
 from bench.step.variants import BASELINES, baseline
 from model.config import PRESETS
@@ -11,7 +12,6 @@ from training.config import defaults
 from training.errors import UserError
 
 CPU = "CPU"
-NOT_PEERS = ("copy", "matmul", "triton")
 
 OpKey = tuple[str, str, str, str]
 """GPU, op, size, pass."""
@@ -114,17 +114,14 @@ class Standings:
         return self._heads.get(gpu, {})
 
     def _take_ops(self, result: Result) -> None:
-        for row in result.data["rows"]:
-            timings = row["timings"]
-            key = (result.gpu or CPU, row["op"], row["size"], row["pass"])
-            self._ops[key] = _op_figures(timings, row["failed"]) | {
-                "date": result.date,
-                "absent": result.data["absent"],
-            }
-            if (row["op"], row["size"], row["pass"]) == ("linear_cross_entropy", LOSS_HEAD_SIZE, "both"):
-                heads = {name: dict(timing) for name, timing in timings.items() if name not in ("copy", "matmul")}
+        for row in map(OpRow.read, result.data["rows"]):
+            key = (result.gpu or CPU, row.op, row.size, row.direction)
+            self._ops[key] = _op_figures(row) | {"date": result.date, "absent": result.data["absent"]}
+            if key[1:] == ("linear_cross_entropy", LOSS_HEAD_SIZE, "both"):
+                written = row.result()["timings"]
+                heads = {name: timing for name, timing in written.items() if name not in ("copy", "matmul")}
                 if "triton" in heads:
-                    heads["triton"] |= _op_figures(timings, {}) | _memory_ratio(heads)
+                    heads["triton"] |= _op_figures(row) | _memory_ratio(heads)
                 self._heads[result.gpu or CPU] = heads
 
 
@@ -146,17 +143,15 @@ def _with_memory_ratio(variants: dict[str, dict], preset: str) -> dict[str, dict
     return variants | {"fused": variants["fused"] | {"memory_of_unchunked": ratio}}
 
 
-def _op_figures(timings: dict[str, dict], failed: dict[str, str]) -> dict:
-    if "triton" not in timings:
-        return {"failed": failed["triton"]} if "triton" in failed else {}
-    triton = timings["triton"]
+def _op_figures(row: OpRow) -> dict:
+    if "triton" not in row.timings:
+        return {"failed": row.failed["triton"]} if "triton" in row.failed else {}
+    triton = row.result()["timings"]["triton"]
     figures = {name: triton[name] for name in ("us", "of_copy", "tflops") if name in triton}
-    peers = {name: timing["us"] for name, timing in timings.items() if name not in NOT_PEERS}
-    if peers:
-        best = min(peers, key=peers.get)
-        figures |= {"best": best, "vs_best": peers[best] / triton["us"]}
-    if "sdpa-mask" in peers:
-        figures["vs_mask"] = peers["sdpa-mask"] / triton["us"]
+    if row.best_peer:
+        figures |= dict(zip(("best", "vs_best"), row.best_peer, strict=True))
+    if "sdpa-mask" in row.speedup:
+        figures["vs_mask"] = row.speedup["sdpa-mask"]
     return figures
 
 

@@ -9,9 +9,10 @@ of model/flops.py, with one difference: MFU counts attention over all keys and w
 the causal half, and 7 products for 6. Ceilings are the datasheet's (training/hardware.py), or those measured on that GPU where
 bench/results/ has them, or those of the options.
 
-A second table counts, without a GPU, the launches of a step and the bytes of their tensors (bench/launches.py): plain PyTorch in
-eager mode, the Triton kernels, and the floor. What stands there above the floor is waste, bytes that some other arrangement of the
-same step would not move, but for the zeroing of the gradients and their reading by the norm, which the floor leaves out.
+A second table counts, without a GPU, the launches of a step and the bytes of their tensors (bench/roofline/launches.py): plain
+PyTorch in eager mode, the Triton kernels, and the floor. What stands there above the floor is waste, bytes that some other
+arrangement of the same step would not move, but for the zeroing of the gradients and their reading by the norm, which the
+floor leaves out.
 """
 
 import difflib
@@ -26,9 +27,11 @@ from rich.table import Table
 from bench import archive, command
 from bench.archive import Result
 from bench.measure import environment, write_json
+from bench.ops.catalogue import SHEETS
+from bench.ops.rows import OpRow
 from bench.roofline.launches import COUNTED_AS, Tally, count
 from kernels.launch import HAVE_TRITON, INTERPRETED
-from model.flops import flops_per_token, kernel_costs
+from model.flops import flops_per_token, kernel_costs, step_costs
 from training.config import TrainConfig, defaults
 from training.errors import UserError
 from training.hardware import GPUS, Gpu
@@ -133,8 +136,8 @@ class Ceilings:
 def find_ceilings(gpu: Gpu, results: list[Result], copy_tb_s: float = 0.0, matmul_tflops: float = 0.0) -> Ceilings:
     """Those given, else the best that was measured on that GPU, else the datasheet's."""
     here = [result for result in results if result.gpu == gpu.name]
-    rows = [row for result in here if result.bench == "ops" for row in result.data["rows"]]
-    copies = [row["timings"]["copy"]["gb_per_s"] / 1000 for row in rows if row["bytes"] >= LARGE]
+    rows = [OpRow.read(row) for result in here if result.bench == "ops" for row in result.data["rows"]]
+    copies = [row.timings["copy"].gb_per_s / 1000 for row in rows if row.bytes >= LARGE]
     matmuls = [result.data["ceilings"]["matmul_tflops"] for result in here if "ceilings" in result.data]
     copy, copy_source = _first(copy_tb_s, max(copies, default=0.0), gpu.bandwidth / 1000)
     matmul, matmul_source = _first(matmul_tflops, max(matmuls, default=0.0), gpu.bf16 or gpu.fp16)
@@ -155,9 +158,9 @@ def floor(config: TrainConfig, ceilings: Ceilings) -> dict:
     """
     micro_steps = config.gradient_accumulation_steps
     rows: dict[tuple[str, str], dict] = {}
-    for cost in kernel_costs(config.shape(), config.batch_size, micro_steps):
-        row = rows.setdefault((cost.op, cost.part), {"op": cost.op, "part": cost.part})
-        flops = cost.flops * NEEDED.get(cost.op, 1)
+    for op, part, cost in kernel_costs(config.shape(), config.batch_size, micro_steps):
+        row = rows.setdefault((op, part), {"op": op, "part": part})
+        flops = cost.flops * NEEDED.get(op, 1)
         matrix, memory = 1000 * flops / ceilings.matmul, 1000 * cost.bytes / ceilings.copy
         figures = {"flops": flops, "bytes": cost.bytes, "ms_matrix": matrix, "ms_memory": memory}
         for name, value in (figures | {"ms": max(matrix, memory)}).items():
@@ -203,16 +206,14 @@ def measured_ops(config: TrainConfig, gpu: Gpu, results: list[Result]) -> dict[s
     """Milliseconds a step that the Triton kernels of an op take on this GPU, from the newest of `bench.ops` at this size."""
     if config.batch_size != defaults(config.preset, "cpu").batch_size:  # bench.ops has the preset's
         return {}
-    layers = config.n_layers
-    calls = {"rms_norm": 1, "add_rms_norm": 2 * layers, "linear_cross_entropy": 1}
-    calls |= dict.fromkeys(("rope", "swiglu", "attention"), layers)
+    calls = {op: sheet.calls(config) for op, sheet in SHEETS.items()}
     newest: dict[str, float] = {}
     for result in results:
         if result.bench == "ops" and result.gpu == gpu.name and result.data["dtype"] != "float32":
-            for row in result.data["rows"]:
-                of_a_step = (row["size"], row["pass"]) == (config.preset, "both") and row["op"] in calls
-                if of_a_step and "triton" in row["timings"]:
-                    newest[row["op"]] = row["timings"]["triton"]["us"] / 1000
+            for row in map(OpRow.read, result.data["rows"]):
+                of_a_step = (row.size, row.direction) == (config.preset, "both") and calls.get(row.op)
+                if of_a_step and "triton" in row.timings:
+                    newest[row.op] = row.timings["triton"].us / 1000
     measured: dict[str, float] = {}
     if ("rms_norm" in newest) == ("add_rms_norm" in newest):  # half of the norms would be no figure of the norms
         for op, ms in newest.items():
@@ -241,13 +242,18 @@ def issued(config: TrainConfig) -> list[dict]:
 def floor_tally(config: TrainConfig) -> dict[str, Tally]:
     """The floor by op: `model.flops`' bytes, in one launch a pass, three a matrix product, one an update."""
     layers, micro_steps = config.n_layers, config.gradient_accumulation_steps
-    passes = {"embedding": 1, "rms_norm": 2 * layers + 1, "rope": layers, "swiglu": layers, "attention": layers}
-    launches = {op: 2 * n * micro_steps for op, n in passes.items()}
-    launches |= {"linear": 3 * 4 * layers * micro_steps, "linear_cross_entropy": 4 * micro_steps, "optimizer": 1}
-    tallies: dict[str, Tally] = {}
-    for cost in kernel_costs(config.shape(), config.batch_size, micro_steps):
-        tallies[cost.op] = tallies.get(cost.op, Tally(launches[cost.op])) + Tally(0, cost.bytes)
-    return tallies
+    passes: dict[str, int] = {}
+    for op, sheet in SHEETS.items():
+        counted_as = COUNTED_AS.get(op, op)
+        passes[counted_as] = passes.get(counted_as, 0) + 2 * sheet.calls(config)
+    passes |= {
+        "rope": layers,
+        "linear": 3 * 4 * layers,
+        "linear_cross_entropy": 4,
+    }  # attention's backward is rope's too
+    launches = {op: n * micro_steps for op, n in passes.items()} | {"optimizer": 1}
+    costs = step_costs(config.shape(), config.batch_size, micro_steps)
+    return {op: Tally(launches[op], cost.bytes) for op, cost in costs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- print

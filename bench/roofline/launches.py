@@ -1,7 +1,7 @@
 """The launches of one training step and the bytes of their tensors, op by op, counted without a GPU.
 
 `Trainer.step` itself runs, on tensors of the meta device, which have shapes and no numbers. Every call that reaches the
-dispatcher and makes or changes a tensor is a launch, and so is every Triton kernel that `kernels.launch.recorded` lists.
+dispatcher and makes or changes a tensor is a launch, and so is every Triton kernel that `kernels.launch.record_launches` lists.
 Views and bare allocations are none. A launch moves each of its tensors once: what it reads, what it writes, and both for what
 it changes in place. Caches are not in the count, and neither is a second reading inside a kernel.
 
@@ -30,7 +30,7 @@ import bench.meta_addmm  # noqa: F401 - torch 2.11 cannot run half-precision pro
 import kernels
 from kernels import Ops
 from kernels.attention.op import attention_torch
-from kernels.launch import NAMESPACE, TARGETS, Launched, recorded
+from kernels.launch import NAMESPACE, TARGETS, LaunchRecord, record_launches
 from kernels.ops import FIELDS, InTurn
 from model import Llama
 from model.linear import Linear
@@ -47,8 +47,8 @@ OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 INDEXED = {"embedding", "gather", "index_select", "scatter_", "index", "index_add_"}
 """Calls that read or write their first tensor only where an index points."""
 
-COUNTED_AS = {"add_rms_norm": "rms_norm", "rope_attention": "attention"}
-"""Ops that `model.flops` counts under another name."""
+COUNTED_AS = {op: switch for switch, ops in FIELDS.items() for op in ops} | {"rope_attention": "attention"}
+"""The name that `model.flops` counts an op by: its switch, or of one that is two of them the one that does the most."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _step(config: TrainConfig, spec: str, arch: str, micro_steps: int) -> dict[s
         with counter:
             trainer.step(batch, tokens.numel() * micro_steps, config.learning_rate)
     else:
-        with recorded(TARGETS[arch]) as counter.launched, counter:
+        with record_launches(TARGETS[arch]) as counter.launched, counter:
             trainer.step(batch, tokens.numel() * micro_steps, config.learning_rate)
     counter.add_launched(set())
     return counter.tallies
@@ -128,7 +128,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.tallies: dict[str, Tally] = {}
-        self.launched: list[Launched] = []
+        self.launched: list[LaunchRecord] = []
         self._seen = 0  # launches of `launched` that are counted
         self._within = [UPDATE]
         self._op_of_node: dict[int, str] = {}
@@ -150,7 +150,7 @@ class _Counter(TorchDispatchMode):
         names = [name for names in FIELDS.values() for name in names]
         if not isinstance(ops.rope_attention, InTurn):
             names.append("rope_attention")
-        return Ops(**{name: self.label(COUNTED_AS.get(name, name), getattr(ops, name)) for name in names})
+        return Ops(**{name: self.label(COUNTED_AS[name], getattr(ops, name)) for name in names})
 
     @contextmanager
     def _in(self, op: str) -> Iterator[None]:
@@ -219,7 +219,7 @@ def call_bytes(func: Any, args: tuple, kwargs: dict, out: Any) -> int | None:
     return sum(min(tensor_bytes(x), limit) if x is indexed else tensor_bytes(x) for x in read + written)
 
 
-def launch_bytes(launched: Launched, changed: set[int]) -> int:
+def launch_bytes(launched: LaunchRecord, changed: set[int]) -> int:
     """Bytes of the tensors of a Triton launch; those whose storage is in `changed` are read and written."""
     tensors = [x for x in launched.arguments.values() if isinstance(x, Tensor)]
     return sum(tensor_bytes(x) * (2 if _storage(x) in changed else 1) for x in tensors)

@@ -45,7 +45,7 @@ from kernels.attention.forward import _attention
 from kernels.grammar import attention_serves
 from kernels.launch import KERNEL_DTYPES, REFERENCE_DTYPES, check_tensor, check_usable
 
-# ------------------------------------------------------------------------------------------------------------ reference
+# ----------------------------------------------------------------------------------------------------------- torch twin
 
 
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None = None) -> Tensor:

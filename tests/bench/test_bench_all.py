@@ -18,7 +18,7 @@ from bench import all as bench_all
 from bench import check, loss_parity
 from bench.all import PROJECT, AllBench, Case, cpu_cases, gpu_cases, in_groups, main, run_all
 from bench.ops import __main__ as ops
-from bench.ops.cases import CASES
+from bench.ops.catalogue import SHEETS
 from bench.parity import __main__ as parity
 from bench.roofline import __main__ as roofline
 from bench.step import __main__ as step
@@ -198,7 +198,7 @@ def test_every_command_line_is_one_that_its_program_takes(case):
 
 def test_the_ops_that_have_kernels_are_all_measured():
     wanted = [argument for case in gpu_cases() for argument in case.arguments if "bench.ops" in case.arguments]
-    assert all(any(name in op for name in wanted) for op in CASES)
+    assert all(any(name in op for name in wanted) for op in SHEETS)
 
 
 def test_the_benchs_own_commands_write_into_the_folder(tmp_path):

@@ -14,11 +14,13 @@ from bench.archive import Result
 from bench.measure import Timing, environment
 from bench.ops import __main__ as ops
 from bench.ops.__main__ import OpsBench, copy_of, matmul_ceilings, measure, measure_case
-from bench.ops.cases import CASES
-from bench.ops.peers import PEERS, Peer
+from bench.ops.catalogue import SHEETS
+from bench.ops.rows import OpRow, Speed
+from bench.ops.sheet import Peer, always
 from bench.peers import liger
 from bench.report.standings import Standings
 from kernels.launch import INTERPRETED
+from model.flops import Cost
 from training.config import TrainConfig
 from training.errors import UserError
 
@@ -53,24 +55,52 @@ def timings(**us):
 
 def test_flops_are_reported_as_teraflops_and_as_a_share_of_the_matmul():
     # 8 GFLOP in 20 us are 400 TFLOP/s, half of what the matmul did
-    figures = ops.figures("forward", 8000, timings(copy=2, triton=20, flex=40), 8 * 10**9, ceiling=800e12)
-    assert figures["flops"] == 8 * 10**9
-    assert figures["timings"]["triton"]["tflops"] == pytest.approx(400)
-    assert figures["timings"]["triton"]["of_matmul"] == pytest.approx(0.5)
-    assert figures["timings"]["flex"]["tflops"] == pytest.approx(200)
-    assert figures["timings"]["triton"]["of_copy"] == pytest.approx(0.1)
-    assert figures["speedup"]["flex"] == pytest.approx(2)
-    assert "tflops" not in figures["timings"]["copy"]
+    speeds = ops.speeds(timings(copy=2, triton=20, flex=40), Cost(8000, 8 * 10**9), ceiling=800e12)
+    assert speeds["triton"].tflops == pytest.approx(400)
+    assert speeds["triton"].of_matmul == pytest.approx(0.5)
+    assert speeds["flex"].tflops == pytest.approx(200)
+    assert speeds["triton"].of_copy == pytest.approx(0.1)
+    assert speeds["copy"].tflops is None
 
 
 def test_where_memory_is_the_limit_there_are_no_flops():
-    assert "tflops" not in ops.figures("forward", 8000, timings(copy=2, triton=20))["timings"]["triton"]
-    assert "of_matmul" not in ops.figures("forward", 1, timings(copy=2, triton=20), 10)["timings"]["triton"]
+    assert ops.speeds(timings(copy=2, triton=20), Cost(8000))["triton"].tflops is None
+    assert ops.speeds(timings(copy=2, triton=20), Cost(1, 10))["triton"].of_matmul is None
+
+
+def row(flops=0, failed=None, **us):
+    speeds = ops.speeds(timings(**us), Cost(8000, flops), ceiling=1e15)
+    return OpRow("attention", "124m", "2 x 2", "both", 8000, flops, speeds, failed or {})
 
 
 def test_the_best_peer_is_the_fastest_and_no_ceiling():
-    assert ops.against_best({"copy": 0.5, "eager": 3.0, "flex": 1.25}) == "1.25x flex"
-    assert ops.against_best({"copy": 0.5}) == "n/a"
+    assert row(copy=2, matmul=1, triton=4, eager=12, flex=5).best_peer == ("flex", 1.25)
+    assert row(copy=2, triton=4).best_peer is None
+    assert row(copy=2, eager=4).best_peer is None
+    assert row(copy=2, eager=4).speedup == {}
+
+
+def test_a_row_is_read_as_it_was_written():
+    written = row(10**9, {"flex": "RuntimeError: no"}, copy=2, triton=20, eager=40)
+    written.timings["triton"].peak_memory = 2**29
+    as_json = json.loads(json.dumps(written.result()))
+    assert as_json["pass"] == "both"
+    assert as_json["speedup"] == {"copy": pytest.approx(0.1), "eager": pytest.approx(2)}
+    assert "tflops" not in as_json["timings"]["copy"]
+    assert OpRow.read(as_json) == written
+
+
+def test_rows_of_older_and_newer_files_are_read_and_what_is_none_is_refused():
+    least = {"us": 1.0, "gb_per_s": 2.0, "of_copy": 0.5}
+    older = {"op": "rope_qkv", "size": "124m", "pass": "forward", "timings": {"triton": least}, "failed": {}}
+    assert OpRow.read(older).timings["triton"] == Speed(1.0, 2.0, 0.5)
+    newer = older | {"colour": "red", "timings": {"triton": least | {"watts": 700}}}
+    assert OpRow.read(newer) == OpRow.read(older)
+    for key in older:
+        with pytest.raises(KeyError, match=key):
+            OpRow.read({name: value for name, value in older.items() if name != key})
+    with pytest.raises(TypeError):
+        OpRow.read(older | {"timings": {"triton": {"us": 1.0}}})
 
 
 class HotClock:
@@ -135,24 +165,24 @@ def test_on_a_gpu_each_call_starts_from_cold_caches_and_each_backward_from_a_new
     monkeypatch.setattr(ops, "gpu_flush", lambda device: lambda: happened.append("flush"))
     monkeypatch.setattr(ops, "copy_of", lambda n_bytes, device: lambda: happened.append("copy"))
     monkeypatch.setattr(ops, "WARMUP", 0)
-    case = CASES["swiglu"](SMALL, torch.float32, META)
-    rows = measure_case("swiglu", case, ["triton"], torch.device("cuda"), repeats=1)
+    case = SHEETS["swiglu"].case(SMALL, torch.float32, META)
+    rows = measure_case("swiglu", "small", case, ["triton"], torch.device("cuda"), repeats=1)
     copy = ["flush", "clock", "copy", "clock"]
     forward = ["prepare forward", "flush", "clock", "run forward", "clock"]
     backward = ["prepare backward", "flush", "clock", "run backward", "clock"]
     assert happened == copy + forward + copy + backward + ["reset", "run both"]
-    assert [row["pass"] for row in rows] == ["forward", "backward", "both"]
-    assert rows[2]["timings"]["triton"]["peak_memory"] == 300
-    assert rows[2]["timings"]["triton"]["us"] == pytest.approx(2e6)  # the sum of the two
-    assert not any("peak_memory" in row["timings"][name] for row in rows[:2] for name in ("copy", "triton"))
+    assert [row.direction for row in rows] == ["forward", "backward", "both"]
+    assert rows[2].timings["triton"].peak_memory == 300
+    assert rows[2].timings["triton"].us == pytest.approx(2e6)  # the sum of the two
+    assert not any(row.timings[name].peak_memory for row in rows[:2] for name in ("copy", "triton"))
 
 
 def test_a_loss_head_is_timed_without_gradients_and_as_a_whole(uncompiled):
-    case = CASES["linear_cross_entropy"](SMALL, torch.float32, CPU)
-    rows = measure_case("linear_cross_entropy", case, ["eager", "twin"], CPU, repeats=1, ceiling=1e12)
-    assert [row["pass"] for row in rows] == ["evaluation", "both"]
-    assert [row["flops"] for row in rows] == [2 * 12 * 32 * 256, 6 * 12 * 32 * 256]
-    assert all(row["timings"]["twin"]["of_matmul"] > 0 for row in rows)
+    case = SHEETS["linear_cross_entropy"].case(SMALL, torch.float32, CPU)
+    rows = measure_case("linear_cross_entropy", "small", case, ["eager", "twin"], CPU, repeats=1, ceiling=1e12)
+    assert [row.direction for row in rows] == ["evaluation", "both"]
+    assert [row.flops for row in rows] == [2 * 12 * 32 * 256, 6 * 12 * 32 * 256]
+    assert all(row.timings["twin"].of_matmul > 0 for row in rows)
 
 
 def test_a_planted_delay_shows_in_the_variant_that_has_it(monkeypatch):
@@ -168,11 +198,12 @@ def test_a_planted_delay_shows_in_the_variant_that_has_it(monkeypatch):
         return x * 2
 
     monkeypatch.setattr(ops, "clock_of", lambda device: lambda: clock.now + 1e-9 * next(seconds))
-    monkeypatch.setitem(PEERS, "swiglu", {"eager": Peer(lambda case: slow), "triton": Peer(lambda case: fast)})
+    for name, function in {"eager": slow, "triton": fast}.items():
+        monkeypatch.setitem(SHEETS["swiglu"].peers, name, Peer(always(function)))
     forward, *_ = measure_case(
-        "swiglu", CASES["swiglu"](SMALL, torch.float32, CPU), ["eager", "triton"], CPU, repeats=3
+        "swiglu", "small", SHEETS["swiglu"].case(SMALL, torch.float32, CPU), ["eager", "triton"], CPU, repeats=3
     )
-    assert forward["speedup"]["eager"] == pytest.approx(2.0, rel=1e-6)
+    assert forward.speedup["eager"] == pytest.approx(2.0, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- command
@@ -201,23 +232,22 @@ def test_on_a_cpu_the_twins_are_measured_and_the_rest_is_named(console, tmp_path
 def test_what_a_gpu_bench_of_attention_would_compare_is_named_on_a_cpu(console, monkeypatch, uncompiled):
     monkeypatch.setattr(ops, "matmul_ceilings", lambda *_: {"matmul_tflops": 0.5, "sustained_matmul_tflops": 0.25})
     result = measure(OpsBench(op="attention", repeats=1, device="cpu"), console)
-    assert {row["op"] for row in result["rows"]} == {"attention", "packed_attention"}
+    timed = {row["op"]: set(row["timings"]) for row in result["rows"]}
+    assert list(timed) == ["attention", "packed_attention", "rope_attention"]
     assert set(result["absent"]) == {"sdpa-cudnn", "sdpa-efficient", "flex", "varlen", "triton"}
     assert not any(row["failed"] for row in result["rows"])
-    assert {"eager", "sdpa-flash"} <= set(result["rows"][0]["timings"])
-    assert {"eager", "sdpa-mask"} <= set(result["rows"][-1]["timings"])
+    assert {"eager", "sdpa-flash"} <= timed["attention"]
+    assert {"eager", "sdpa-mask"} <= timed["packed_attention"]
+    assert {"eager", "compiled"} <= timed["rope_attention"]
     shown = console.file.getvalue()
     assert shown.count("no GPU here") == 1
-    assert shown.count("a matmul in this run: 0.5 TFLOP/s in a burst, 0.25 sustained") == 2
+    assert shown.count("a matmul in this run: 0.5 TFLOP/s in a burst, 0.25 sustained") == 3
 
 
 def test_the_report_finds_the_figures_it_is_about(console, monkeypatch, uncompiled, no_gpu):
     monkeypatch.setattr(ops, "matmul_ceilings", lambda *_: {"matmul_tflops": 1.0, "sustained_matmul_tflops": 1.0})
-    monkeypatch.setattr(
-        ops, "why_absent", lambda op, variant, device: "no GPU" if PEERS[op][variant].needs_gpu else None
-    )
-    triton = Peer(PEERS["linear_cross_entropy"]["twin"].make)
-    monkeypatch.setitem(PEERS["linear_cross_entropy"], "triton", triton)
+    triton = Peer(SHEETS["linear_cross_entropy"].peers["twin"].make)
+    monkeypatch.setitem(SHEETS["linear_cross_entropy"].peers, "triton", triton)
     monkeypatch.setattr("bench.report.standings.LOSS_HEAD_SIZE", "smoke")
     result = measure(OpsBench(op="linear_cross_entropy", repeats=1, device="cpu"), console)
     for timing in result["rows"][-1]["timings"].values():
@@ -230,13 +260,12 @@ def test_the_report_finds_the_figures_it_is_about(console, monkeypatch, uncompil
 
 
 def test_memory_is_a_row_of_its_own_where_flops_are_counted():
-    both = ops.figures("both", 8000, timings(copy=2, eager=40, triton=20), 10**9, ceiling=1e15)
-    both["timings"]["eager"]["peak_memory"] = 3 * 2**30
-    both["timings"]["triton"]["peak_memory"] = 2**29
-    rows = [{"op": "attention", "size": "124m", "shape": "2 x 2"} | both | {"failed": {"flex": "RuntimeError: no"}}]
+    both = row(10**9, {"flex": "RuntimeError: no"}, copy=2, eager=40, triton=20)
+    both.timings["eager"].peak_memory = 3 * 2**30
+    both.timings["triton"].peak_memory = 2**29
     result = {"dtype": "bfloat16", "environment": environment(), "absent": {"liger": "not installed"}}
     result["ceilings"] = {"matmul_tflops": 800.0, "sustained_matmul_tflops": 700.0}
-    shown = ops.table("attention", rows, ["eager", "flex", "liger", "triton"], result)
+    shown = ops.table("attention", [both], ["eager", "flex", "liger", "triton"], result)
     cells = list(zip(*(column.cells for column in shown.columns), strict=True))
     assert [column.header for column in shown.columns][-3:] == ["TFLOP/s", "of matmul", "vs best peer"]
     assert cells[0] == (
@@ -261,7 +290,7 @@ def test_what_fails_is_named_and_the_others_are_measured(console, monkeypatch):
     def fail(case):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setitem(PEERS["swiglu"], "compiled", Peer(fail))
+    monkeypatch.setitem(SHEETS["swiglu"].peers, "compiled", Peer(fail))
     options = OpsBench(op="swiglu", repeats=1, device="cpu", variants=["eager", "compiled"])
     row = measure(options, console)["rows"][0]
     assert row["failed"] == {"compiled": "RuntimeError: first line"}
@@ -271,13 +300,13 @@ def test_what_fails_is_named_and_the_others_are_measured(console, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which stands in for a GPU")
 def test_a_kernel_that_fails_is_an_exit_status_and_one_that_runs_is_a_column(console, monkeypatch):
-    monkeypatch.setattr(ops, "why_absent", lambda op, variant, device: None)
+    monkeypatch.setattr(Peer, "why_absent", lambda peer, device, dtype: "")
     monkeypatch.setattr(ops, "size", lambda name: SMALL)
     options = OpsBench(op="swiglu", repeats=1, device="cpu", variants=["eager", "triton"])
     row = measure(options, console)["rows"][2]
     assert row["speedup"]["eager"] == pytest.approx(row["timings"]["eager"]["us"] / row["timings"]["triton"]["us"])
     assert "vs best peer" in console.file.getvalue()
-    monkeypatch.setitem(PEERS["swiglu"], "triton", Peer(lambda case: None))
+    monkeypatch.setitem(SHEETS["swiglu"].peers, "triton", Peer(lambda case: None))
     with pytest.raises(SystemExit) as stopped:
         measure(options, console)
     assert stopped.value.code == 1

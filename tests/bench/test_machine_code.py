@@ -19,7 +19,7 @@ import torch
 from bench.machine_code.__main__ import MachineCodeOptions, check
 from bench.machine_code.build import build, resident_programs, specialize
 from bench.machine_code.rows import faults
-from kernels.launch import HAVE_TRITON, TARGETS, Launched, tl, triton
+from kernels.launch import HAVE_TRITON, TARGETS, LaunchRecord, tl, triton
 from model.config import PRESETS
 from training.errors import UserError
 
@@ -158,13 +158,15 @@ def product(a_ptr, b_ptr, c_ptr, n_blocks, M: tl.constexpr, N: tl.constexpr, K: 
 
 def copy_of(n, warps=4, x_step=1, y_step=1, row=4096, dtype=torch.bfloat16):
     x, y = (torch.empty(8, row, dtype=dtype, device="meta") for _ in range(2))
-    return Launched(scaled_copy, (1,), {"x_ptr": x, "y_ptr": y, "x_step": x_step, "y_step": y_step, "N": n}, warps, 1)
+    return LaunchRecord(
+        scaled_copy, (1,), {"x_ptr": x, "y_ptr": y, "x_step": x_step, "y_step": y_step, "N": n}, warps, 1
+    )
 
 
 def product_of(stages):
     a, b, c = (torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta") for _ in range(3))
     arguments = {"a_ptr": a, "b_ptr": b, "c_ptr": c, "n_blocks": 48, "M": 128, "N": 128, "K": 64}
-    return Launched(product, (1,), arguments, 4, stages)
+    return LaunchRecord(product, (1,), arguments, 4, stages)
 
 
 def planted_on(target):

@@ -22,7 +22,7 @@ from bench.machine_code.disassembly import read_amdgcn, read_sass
 from bench.machine_code.loops import find_loops, hottest, works
 from bench.machine_code.rows import Row
 from bench.machine_code.show import choose, counts, listing, opcodes, show, source_line
-from kernels.launch import HAVE_TRITON, TARGETS, Launched, tl, triton
+from kernels.launch import HAVE_TRITON, TARGETS, LaunchRecord, tl, triton
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -212,7 +212,9 @@ def plant():
     for arch, target in TARGETS.items():
         n = 16 * target.warp_size
         x, y = (torch.empty(n, device="meta") for _ in range(2))
-        launched = Launched(planted_kernel, (1,), {"x_ptr": x, "y_ptr": y, "n_outer": 9, "n_inner": 9, "N": n}, 4, 1)
+        launched = LaunchRecord(
+            planted_kernel, (1,), {"x_ptr": x, "y_ptr": y, "n_outer": 9, "n_inner": 9, "N": n}, 4, 1
+        )
         row = Row(arch, "planted", "forward", launched, specialize(launched, target), ["none"])
         instructions = disassemble(compile_specialized(row.specialized))
         loops = find_loops(instructions)

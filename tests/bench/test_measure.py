@@ -8,7 +8,9 @@ import torch
 from bench import command, measure
 from bench.measure import GpuInstant, Interrupted, Timing, environment, time_in_turn, write_json
 from bench.ops import __main__ as ops
+from bench.ops.rows import OpRow
 from bench.step import __main__ as step
+from model.flops import Cost
 from training.errors import UserError
 
 
@@ -84,11 +86,11 @@ def twice_as_slow():
 
 
 def test_a_planted_slowdown_of_two_is_reported_as_two_by_the_ops_bench(twice_as_slow):
-    figures = ops.figures("forward", 8000, twice_as_slow)
-    assert figures["speedup"] == pytest.approx({"copy": 0.625, "compiled": 2.0})
-    assert figures["timings"]["triton"]["us"] == pytest.approx(4.0)
-    assert figures["timings"]["triton"]["gb_per_s"] == pytest.approx(2.0)  # 8000 bytes in 4 us
-    assert figures["timings"]["triton"]["of_copy"] == pytest.approx(0.625)  # the copy's median is 2.5 us
+    row = OpRow("swiglu", "", "", "forward", 8000, 0, ops.speeds(twice_as_slow, Cost(8000)), {})
+    assert row.speedup == pytest.approx({"copy": 0.625, "compiled": 2.0})
+    assert row.timings["triton"].us == pytest.approx(4.0)
+    assert row.timings["triton"].gb_per_s == pytest.approx(2.0)  # 8000 bytes in 4 us
+    assert row.timings["triton"].of_copy == pytest.approx(0.625)  # the copy's median is 2.5 us
 
 
 def test_a_planted_slowdown_of_two_is_reported_as_two_by_the_step_bench(twice_as_slow):

@@ -63,15 +63,15 @@ def test_on_a_cpu_without_the_interpreter_the_error_names_both_ways_on():
     assert run_python(code, TRITON_INTERPRET="1").returncode == 0
 
 
-def test_recorded_lists_what_forward_and_backward_launch_without_a_gpu():
+def test_record_launches_lists_what_forward_and_backward_launch_without_a_gpu():
     code = """
 import torch
-from kernels.launch import TARGETS, recorded
+from kernels.launch import TARGETS, record_launches
 from kernels.rms_norm import add_rms_norm_triton, _rms_norm_forward_kernel, _rms_norm_backward_kernel
 x, residual = (torch.empty(2**20, 288, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 weight = torch.empty(288, device="meta", requires_grad=True)
 for target in TARGETS.values():
-    with recorded(target) as launches:
+    with record_launches(target) as launches:
         y, summed = add_rms_norm_triton(x, residual, weight, 1e-5)
         torch.autograd.backward((y, summed), (torch.empty_like(y), torch.empty_like(summed)))
     forward, backward = launches
@@ -81,7 +81,7 @@ for target in TARGETS.values():
     assert backward.grid[0] % target.multiprocessors == 0
     assert set(forward.arguments) == set(forward.kernel.arg_names)
     assert set(backward.arguments) == set(backward.kernel.arg_names)
-with recorded(TARGETS["sm_90"]) as launches:
+with record_launches(TARGETS["sm_90"]) as launches:
     pass
 assert launches == []
 """

@@ -1,13 +1,16 @@
+"""What each op is given when it is measured, and what it must move and compute."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench.ops.cases import ALL_SIZES, CASES, SIZES, Cost, cut, documents, size
-from bench.ops.peers import PEERS
+from bench.ops.attention import documents
+from bench.ops.catalogue import SHEETS
+from bench.ops.sizes import ALL_SIZES, cut, size
 from kernels import TORCH
-from kernels.ops import FIELDS
 from model.config import PRESETS
+from model.flops import Cost
 from training.config import TrainConfig
 from training.errors import UserError
 
@@ -18,12 +21,7 @@ POINTWISE = ["rms_norm", "add_rms_norm", "rope", "swiglu"]
 
 
 def costs(op, dtype=torch.bfloat16):
-    return CASES[op](SMALL, dtype, META).costs
-
-
-def test_every_op_with_a_kernel_has_a_case_with_sizes_and_peers():
-    assert {op for ops in FIELDS.values() for op in ops} <= set(CASES)
-    assert set(CASES) == set(SIZES) == set(PEERS)
+    return SHEETS[op].case(SMALL, dtype, META).costs
 
 
 # ------------------------------------------------------------------------------------------------------- bytes and FLOPs
@@ -32,7 +30,7 @@ def test_every_op_with_a_kernel_has_a_case_with_sizes_and_peers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", POINTWISE)
 def test_bytes_are_those_of_the_tensors_that_are_read_and_written(op, dtype):
-    case = CASES[op](SMALL, dtype, DEVICE)
+    case = SHEETS[op].case(SMALL, dtype, DEVICE)
     activations = [x for x in case.wanted if x.ndim > 1]  # a norm's weight is nothing beside them
     outputs = getattr(TORCH, op)(*case.arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -71,7 +69,7 @@ def test_attention_by_hand():
 
 def test_attention_of_packed_documents_counts_what_is_visible(monkeypatch):
     first_key = torch.tensor([[0, 0, 2, 2, 2, 5], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
-    monkeypatch.setattr("bench.ops.cases.documents", lambda batch, length: first_key)
+    monkeypatch.setattr("bench.ops.attention.documents", lambda batch, length: first_key)
     whole, packed = costs("attention"), costs("packed_attention")
     visible = (1 + 2) + (1 + 2 + 3) + 1 + 21
     assert packed["forward"] == Cost(whole["forward"].bytes + 12 * 4, 2 * 2 * 8 * 4 * visible)
@@ -82,7 +80,7 @@ def test_the_loss_head_by_hand(monkeypatch):
     # 12 tokens in chunks of 8, width 32, 256 tokens in the vocabulary. Each of two chunks reads its hidden states and the whole
     # weight twice; logits are written, read once, written over and read twice; the second chunk also reads the weight's
     # gradient. Then both gradients are read in float32, and written in two bytes.
-    monkeypatch.setattr("bench.ops.cases.chunk_rows", lambda n_rows, vocab_size, element_size: 8)
+    monkeypatch.setattr("bench.ops.linear_cross_entropy.chunk_rows", lambda n_rows, vocab_size, element_size: 8)
     hidden, weight, logits = 12 * 32, 256 * 32, 12 * 256
     product = 2 * 12 * 32 * 256
     with_gradients = 2 * (2 * hidden + 4 * weight + 5 * logits) + 4 * (hidden + 3 * weight)
@@ -96,17 +94,19 @@ def test_the_update_by_hand():
     # p, g, m, v read and p, m, v written in float32, and the matrices' copies in two bytes
     config = replace(SMALL, n_layers=1)
     matrices = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 24 + 256 * 32
-    case = CASES["adamw"](config, torch.bfloat16, META)
+    case = SHEETS["adamw"].case(config, torch.bfloat16, META)
     assert case.costs == {"update": Cost(28 * (matrices + 3 * 32) + 2 * matrices)}
     assert case.keywords["n_decayed"] == matrices
-    assert CASES["adamw"](config, torch.float32, META).costs == {"update": Cost(28 * (matrices + 3 * 32))}
+    assert SHEETS["adamw"].case(config, torch.float32, META).costs == {"update": Cost(28 * (matrices + 3 * 32))}
 
 
 # ----------------------------------------------------------------------------------------------------- sizes and layouts
 
 
 def test_every_size_is_a_case_of_every_op():
-    shapes = {name: {op: CASES[op](size(name), torch.bfloat16, META).shape for op in CASES} for name in ALL_SIZES}
+    shapes = {
+        name: {op: SHEETS[op].case(size(name), torch.bfloat16, META).shape for op in SHEETS} for name in ALL_SIZES
+    }
     assert shapes["reference"]["rms_norm"] == "32768 x 288"
     assert shapes["reference"]["attention"] == "128 x 256 x (8 + 2 x 4) x 36"
     assert shapes["llama3.1-405b"]["add_rms_norm"] == "8192 x 16384"
@@ -119,8 +119,8 @@ def test_every_size_is_a_case_of_every_op():
 
 
 def test_sizes_of_an_op_are_sizes():
-    assert {name for sizes in SIZES.values() for name in sizes} == set(ALL_SIZES)
-    assert all(set(PRESETS) <= set(SIZES[op]) for op in (*POINTWISE, "attention"))
+    assert {name for sheet in SHEETS.values() for name in sheet.sizes} == set(ALL_SIZES)
+    assert all(set(PRESETS) <= set(SHEETS[op].sizes) for op in (*POINTWISE, "attention"))
     with pytest.raises(
         UserError, match=r"--preset is 'gpt2'; allowed: reference, .*, 8192x8192, 4x4096x128, 4x4096x64"
     ):
@@ -136,7 +136,7 @@ def test_a_cut_size_keeps_its_widths():
 
 @pytest.mark.parametrize("op", ["attention", "packed_attention"])
 def test_queries_and_keys_are_slices_of_a_packed_product_and_leaves(op):
-    q, k, *_ = CASES[op](SMALL, torch.float32, DEVICE).arguments
+    q, k, *_ = SHEETS[op].case(SMALL, torch.float32, DEVICE).arguments
     assert q.stride() == k.stride() == (6 * 64, 64, 8, 1)
     assert q.is_leaf
     assert k.is_leaf

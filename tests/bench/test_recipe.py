@@ -1,0 +1,68 @@
+"""A new op, end to end, as KERNELS.md tells it: whatever place a kernel file is still missing from, a test here names it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from bench.ops.catalogue import SHEETS
+from bench.parity.op_errors import record
+from kernels import grammar
+from kernels.ops import FIELDS
+from model import Llama, LlamaConfig
+from model.flops import step_costs
+
+ROOT = Path(__file__).parents[2]
+SHARED = {"__init__", "launch", "grammar", "ops"}
+KERNEL_FILES = sorted(
+    path.stem
+    for path in (ROOT / "kernels").iterdir()
+    if path.stem not in SHARED and (path.suffix == ".py" or (path / "op.py").is_file())
+)
+OPS_OF_A_MODEL = [file for file in KERNEL_FILES if file not in grammar.RUN_SWITCHES]
+SHAPE = LlamaConfig(vocab_size=300, max_seq_len=8, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=48)
+
+
+def ops_of(file):
+    """The fields of `Ops` that the switch of a kernel file turns."""
+    return FIELDS.get(file, (file,))
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES)
+def test_it_has_a_switch(file):
+    assert file in grammar.SWITCHES, f"kernels/grammar.py has no switch {file}"
+
+
+@pytest.mark.parametrize("file", OPS_OF_A_MODEL)
+def test_it_has_a_field_of_ops(file):
+    for op in ops_of(file):
+        for name, ops in (("TORCH", kernels.TORCH), ("TRITON", kernels.TRITON)):
+            assert callable(getattr(ops, op, None)), f"kernels/ops.py has no {op} in {name}"
+
+
+@pytest.mark.parametrize("file", OPS_OF_A_MODEL)
+def test_the_model_calls_it(file):
+    model = Llama(SHAPE, kernels.select("none", 1))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    called = {call.op for call in record(model, lambda: model(tokens, tokens).backward())}
+    assert set(ops_of(file)) & called, f"model/llama.py does not call {file}"
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES)
+def test_its_bytes_are_counted(file):
+    counted_as = "optimizer" if file in grammar.RUN_SWITCHES else file
+    assert counted_as in step_costs(SHAPE, 1, 1), f"model/flops.py has no costs of {file}"
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES)
+def test_it_has_a_sheet(file):
+    assert (ROOT / "bench" / "ops" / f"{file}.py").is_file(), f"there is no bench/ops/{file}.py"
+    for op in ops_of(file):
+        assert op in SHEETS, f"bench/ops/{file}.py has no sheet of {op}"
+        assert {"eager", "triton"} <= set(SHEETS[op].peers), f"bench/ops/{file}.py has no twins of {op}"
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES)
+def test_it_has_tests(file):
+    assert (ROOT / "tests" / "kernels" / f"test_{file}.py").is_file(), f"there is no tests/kernels/test_{file}.py"
