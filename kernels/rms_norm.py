@@ -155,12 +155,10 @@ def _rms_norm_forward_kernel(
 
 
 @triton.jit
-def _load_normalized(dy_row, summed_row, weight_ptr, rstd, cols, mask, D: tl.constexpr):
-    """ŝ, dy and dy · weight of a tile, in float32."""
+def _load_normalized(dy_row, summed_row, rstd, cols, mask):
+    """ŝ and dy of a tile, in float32."""
     normalized = tl.load(summed_row + cols, mask, other=0.0).to(tl.float32) * rstd
-    dy = tl.load(dy_row + cols, mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, cols < D, other=0.0).to(tl.float32)
-    return normalized, dy, dy * weight
+    return normalized, tl.load(dy_row + cols, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -184,6 +182,9 @@ def _rms_norm_backward_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     dweight = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if BLOCK_D >= D:
+        cols = tl.arange(0, BLOCK_D)[None, :]
+        weight = tl.load(weight_ptr + cols, cols < D, other=0.0).to(tl.float32)
     for tile in range(program, tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)[:, None]  # [BLOCK_M, 1]
         dy_row = dy_ptr + row * dy_stride * ALIGNMENT
@@ -192,9 +193,12 @@ def _rms_norm_backward_kernel(
 
         products = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in tl.static_range(0, D, BLOCK_D):
-            cols = start + tl.arange(0, BLOCK_D)[None, :]
+            if BLOCK_D < D:
+                cols = start + tl.arange(0, BLOCK_D)[None, :]
+                weight = tl.load(weight_ptr + cols, cols < D, other=0.0).to(tl.float32)
             mask = (row < n_rows) & (cols < D)
-            normalized, dy, dnormalized = _load_normalized(dy_row, summed_row, weight_ptr, rstd, cols, mask, D)
+            normalized, dy = _load_normalized(dy_row, summed_row, rstd, cols, mask)
+            dnormalized = dy * weight
             products += normalized * dnormalized
         mean = tl.sum(products, 1, keep_dims=True) / D
 
@@ -202,7 +206,8 @@ def _rms_norm_backward_kernel(
             if BLOCK_D < D:  # otherwise the one block is still in registers
                 cols = start + tl.arange(0, BLOCK_D)[None, :]
                 mask = (row < n_rows) & (cols < D)
-                normalized, dy, dnormalized = _load_normalized(dy_row, summed_row, weight_ptr, rstd, cols, mask, D)
+                normalized, dy = _load_normalized(dy_row, summed_row, rstd, cols, mask)
+                dnormalized = dy * tl.load(weight_ptr + cols, cols < D, other=0.0).to(tl.float32)
             ds = rstd * (dnormalized - normalized * mean)
             if dsummed_ptr is not None:
                 dsummed_row = dsummed_ptr + row * dsummed_stride * ALIGNMENT
@@ -221,7 +226,6 @@ def _rms_norm_backward_kernel(
                 else:
                     dweight += dy * normalized
     if partial_ptr is not None and BLOCK_D >= D:
-        cols = tl.arange(0, BLOCK_D)[None, :]
         tl.store(partial_ptr + program * D + cols, tl.sum(dweight, 0, keep_dims=True), cols < D)
 
 
@@ -238,10 +242,13 @@ def forward_launch(n_rows: int, width: int, target: Target) -> Launch:
 def backward_launch(n_rows: int, width: int, target: Target) -> Launch:
     """A fixed number of programs, 8 elements a thread, which here holds several tiles at once.
 
-    Few programs, since each writes a float32 row for dweight, but enough to keep the memory busy: the fewer the wider.
+    Few programs, since each writes a float32 row for dweight: as many as are resident at once, so that none waits for another to
+    end. By their registers that is 7 on a multiprocessor at 288 columns (72 a thread, 2 rows), 8 at 1024, 4 at 2048.
     """
-    block_m, block_d = _tile(width, 1024)
-    waves = next(waves for most, waves in ((256, 16), (1024, 8), (2048, 4), (4096, 2), (width, 1)) if width <= most)
+    block_m, block_d = _tile(width, 1024 if width > 256 else 512)
+    waves = next(
+        waves for most, waves in ((256, 16), (512, 7), (1024, 8), (2048, 4), (4096, 2), (width, 1)) if width <= most
+    )
     grid = (min(ceil_div(n_rows, block_m), waves * target.multiprocessors),)
     return Launch(grid, {"BLOCK_M": block_m, "BLOCK_D": block_d}, warps_for(block_m * block_d, 8, target))
 

@@ -86,6 +86,12 @@ def _load_gate_up(gate_ptr, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(x):
+    """As the hardware has it, by powers of two: `tl.sigmoid` takes two instructions an element more."""
+    return 1 / (1 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
 def _swiglu_forward_kernel(
     gate_up_ptr,
     y_ptr,
@@ -98,7 +104,7 @@ def _swiglu_forward_kernel(
 ):
     row, cols, mask = _tile(n_rows, WIDTH, BLOCK_M, BLOCK_F)
     gate, up = _load_gate_up(gate_up_ptr + row * gate_up_stride * ALIGNMENT + cols, mask, WIDTH)
-    y = gate * tl.sigmoid(gate) * up
+    y = gate * _sigmoid(gate) * up
     tl.store(y_ptr + row * WIDTH + cols, y.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -118,7 +124,7 @@ def _swiglu_backward_kernel(
     row, cols, mask = _tile(n_rows, WIDTH, BLOCK_M, BLOCK_F)
     gate, up = _load_gate_up(gate_up_ptr + row * gate_up_stride * ALIGNMENT + cols, mask, WIDTH)
     dy = tl.load(dy_ptr + row * dy_stride * ALIGNMENT + cols, mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = _sigmoid(gate)
     dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
     dup = dy * gate * sigmoid
     dgate_ptr = dgate_up_ptr + row * (2 * WIDTH) + cols
