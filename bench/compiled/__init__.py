@@ -1,0 +1,1 @@
+"""`python -m bench.compiled`: what `torch.compile` makes of a training step for a GPU that is not there."""
