@@ -2,8 +2,8 @@
 
 `torch.compile` asks the device what it is, allocates on it, and tunes kernels by timing them; autograd asks its streams. With
 tensors that have no numbers (`FakeTensorMode`) none of it is needed to compile a step, and none of it is left once these answers
-are given. Each change says why it is there. They lean on parts of torch that have no promise of staying: KNOWN lists the versions
-that this was tried with, and `require` refuses others.
+are given. Each change says why it is there. They lean on parts of torch that have no promise of staying: `bench.compiled.KNOWN` lists
+the versions that this was tried with, and `require` refuses others.
 """
 
 import ctypes
@@ -18,12 +18,10 @@ import triton
 from torch._subclasses import FakeTensorMode, fake_tensor
 from triton.backends.compiler import GPUTarget
 
+from bench.compiled import KNOWN
 from kernels.launch import TARGETS, Target
 from training.errors import UserError
 from training.hardware import GPUS
-
-KNOWN = {"2.11": "torch==2.11.0"}
-"""Versions of torch whose insides are known here, each with what pip installs."""
 
 MODELS = {"a100": ("A100 SXM 80 GB", "sm_80"), "h100": ("H100 SXM", "sm_90"), "b200": ("B200", "sm_100")}
 """What --gpu takes: the GPU's name in training/hardware.py and its target in kernels/launch.py."""
