@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def laid_out(revision: str, root: Path = ROOT) -> Iterator[Path]:
-    """A folder with the files of a commit of the repository at `root`, removed whatever happens. UserError without such a commit."""
+    """A folder with the files of a commit of the repository at `root`, removed whatever happens.
+
+    UserError where there is no such commit.
+    """
     if _git(root, "rev-parse", "--git-dir") is None:
         raise UserError(f"--diff compares with a commit, and {root} is not a git checkout")
     commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")

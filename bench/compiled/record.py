@@ -1,9 +1,9 @@
 """A training step as a GPU would be given it, launch by launch, without one.
 
-`Trainer.step` runs twice on tensors of a GPU that is not there (`bench.compiled.without_gpu`), which have shapes and no numbers. The
-first time `torch.compile` makes its graphs of it. The second time every launch is written down in order: what Inductor wrote runs
-as it is, with its kernels replaced by a note of their arguments; all calls that reach PyTorch's dispatcher are seen on their way;
-and the ops that Inductor cannot look into are looked into.
+A forward and a backward pass run on tensors of a GPU that is not there (`bench.compiled.without_gpu`), which have shapes and no
+numbers, so that `torch.compile` makes its graphs. Then `Trainer.step` runs, and every launch is written down in order: what Inductor
+wrote runs as it is, with its kernels replaced by a note of their arguments; all calls that reach PyTorch's dispatcher are seen on
+their way; and the ops that Inductor cannot look into are looked into.
 """
 
 import bisect
@@ -294,10 +294,8 @@ class _Seen(TorchDispatchMode):
         if func.namespace == NAMESPACE:  # an op of ours that Inductor can't look into: its launcher
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        if "out" in kwargs or not func._schema.returns:  # what only changes numbers has nothing to do here
-            out = kwargs.get("out")
-        else:
-            out = func(*args, **kwargs)
+        only_numbers = "out" in kwargs or not func._schema.returns  # then there is nothing to do here
+        out = kwargs.get("out") if only_numbers else func(*args, **kwargs)
         moved = call_bytes(func, args, kwargs, out)
         if moved is not None:
             self._library(func, args, kwargs, out, moved)

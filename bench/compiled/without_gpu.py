@@ -2,8 +2,8 @@
 
 `torch.compile` asks the device what it is, allocates on it, and tunes kernels by timing them; autograd asks its streams. With
 tensors that have no numbers (`FakeTensorMode`) none of it is needed to compile a step, and none of it is left once these answers
-are given. Each change says why it is there. They lean on parts of torch that have no promise of staying: `bench.compiled.KNOWN` lists
-the versions that this was tried with, and `require` refuses others.
+are given. Each change says why it is there. They lean on parts of torch that have no promise of staying: `bench.compiled.KNOWN`
+lists the versions that this was tried with, and `require` refuses others.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """A fused step, compiled for an H100 that is not there, launches what the committed lists name and nothing else.
 
-A new copy, clone, cast pass, `index_put_` or extra reduction fails here and is named, and so does a launch that is gone. After a change
-that is meant to: `python -m tests.bench.test_compiled_launches` writes the lists, with a build of PyTorch that has CUDA.
+A new copy, clone, cast pass, `index_put_` or extra reduction fails here and is named, and so does a launch that is gone. After a
+change that is meant to: `python -m tests.bench.test_compiled_launches` writes the lists, with a build of PyTorch that has CUDA.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Each parameter's gradient of a compiled step is the eager one's: none is lost, whatever is selected and whichever PyTorch compiles.
+"""Each parameter's gradient of a compiled step is the eager one's: none is lost, whatever is selected and whoever compiles.
 
 PyTorch 2.11 loses, without a word, the gradient of an `autograd.Function` whose output passes a cast to the dtype that it has.
 """

@@ -1,7 +1,7 @@
 """What is left of PyTorch's own ops in the graph of a fused step, on any build of PyTorch and without a GPU.
 
-Dynamo and autograd trace the step to one graph, forward and backward, in which our kernels are nodes. All nodes that compute, copy or
-cast are in a committed list: a new one is named here, and so is one that is no longer there. After a change that is meant to:
+Dynamo and autograd trace the step to one graph, forward and backward, in which our kernels are nodes. All nodes that compute, copy
+or cast are in a committed list: a new one is named here, and so is one that is no longer there. After a change that is meant to:
 `python -m tests.model.test_compiled_graph` writes the list.
 """
 
