@@ -55,7 +55,9 @@ def _key(call: Call) -> Any:
     """Equal for launches that run the same code."""
     if isinstance(call.kernel, Generated):
         return call.kernel
-    return call.name, tuple(sorted((name, str(x)) for name, x in call.kernel.arguments.items())) if call.kernel else None
+    return call.name, tuple(
+        sorted((name, str(x)) for name, x in call.kernel.arguments.items())
+    ) if call.kernel else None
 
 
 def _build(call: Call, target: Target) -> Code:

@@ -100,7 +100,9 @@ def _totals(before: dict, after: dict, names: tuple[str, str]) -> Table:
     whole = [0, 0, 0, 0]
     for op in dict.fromkeys([*sides[0], *sides[1]]):
         rows = [side.get(op) for side in sides]
-        launches = [sum(row[f"{part} launches"] for part in ("forward", "backward", "step")) if row else 0 for row in rows]
+        launches = [
+            sum(row[f"{part} launches"] for part in ("forward", "backward", "step")) if row else 0 for row in rows
+        ]
         moved = [row["bytes"] if row else 0 for row in rows]
         whole = [a + b for a, b in zip(whole, [*launches, *moved], strict=True)]
         _add_row(shown, op, launches, moved)

@@ -1,9 +1,9 @@
 """A training step as a GPU would be given it, launch by launch, without one.
 
 A forward and a backward pass run on tensors of a GPU that is not there (`bench.compiled.without_gpu`), which have shapes and no
-numbers, so that `torch.compile` makes its graphs. Then `Trainer.step` runs, and every launch is written down in order: what Inductor
-wrote runs as it is, with its kernels replaced by a note of their arguments; all calls that reach PyTorch's dispatcher are seen on
-their way; and the ops that Inductor cannot look into are looked into.
+numbers, so that `torch.compile` makes its graphs. Then `Trainer.step` runs, and every launch is written down in order: what
+Inductor wrote runs as it is, with its kernels replaced by a note of their arguments; all calls that reach PyTorch's dispatcher are
+seen on their way; and the ops that Inductor cannot look into are looked into.
 """
 
 import bisect
@@ -54,8 +54,31 @@ KINDS = {
     "eager": "outside of compiled code a call of PyTorch's own kernels",
 }
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_"}
-MOVES = {"clone", "copy", "copy_", "_to_copy", "cat", "expand", "permute", "transpose", "t", "view", "_unsafe_view", "reshape"}
-MOVES |= {"slice", "split", "split_with_sizes", "unsqueeze", "squeeze", "select", "constant_pad_nd", "as_strided", "unflatten"}
+MOVES = {
+    "clone",
+    "copy",
+    "copy_",
+    "_to_copy",
+    "cat",
+    "expand",
+    "permute",
+    "transpose",
+    "t",
+    "view",
+    "_unsafe_view",
+    "reshape",
+}
+MOVES |= {
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unsqueeze",
+    "squeeze",
+    "select",
+    "constant_pad_nd",
+    "as_strided",
+    "unflatten",
+}
 """What Inductor's kernel came from where it computes nothing."""
 
 
@@ -167,7 +190,9 @@ class _Process:
         module = types.ModuleType(name)
         module.__file__ = name
         exec(compile(code.value, name, "exec"), vars(module))
-        module.empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+        module.empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+            size, stride, dtype=dtype, device="cuda"
+        )
         module.reinterpret_tensor = lambda x, size, stride, offset: torch.as_strided(
             x, size, stride, x.storage_offset() + offset
         )
@@ -188,7 +213,9 @@ class _Process:
             if name in self.modules:
                 lines = self.modules[name]
                 at = bisect.bisect_right([line for line, _ in lines], frame.f_lineno) - 1
-                return (lines[at][1] if at >= 0 else None), self.text[name][max(0, frame.f_lineno - 6) : frame.f_lineno - 1]
+                return (lines[at][1] if at >= 0 else None), self.text[name][
+                    max(0, frame.f_lineno - 6) : frame.f_lineno - 1
+                ]
             frame = frame.f_back
         return None
 
@@ -230,7 +257,9 @@ def record(config: TrainConfig, packed: bool = False) -> tuple[list[Call], int]:
     config = replace(config, compile=True, capture=False, device="cuda")
     # What comes from outside has numbers: the RoPE tables, which are made on the CPU.
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of addresses that tensors without numbers lack, of float32 products, of caches
+        warnings.simplefilter(
+            "ignore"
+        )  # of addresses that tensors without numbers lack, of float32 products, of caches
         torch._dynamo.reset()
         with torch.device("cuda"):
             model = Llama(config.shape(), _ops(config, packed), torch.bfloat16)
@@ -338,7 +367,9 @@ class _Seen(TorchDispatchMode):
             return Call(part, kind, name, ACCUMULATION if accumulates else UPDATE, (), "", tensors)
         node, above = place
         sources, origins = _comment(above)
-        if kind == "generated":  # the line belongs to the last of the nodes that were fused; the first one says what it is for
+        if (
+            kind == "generated"
+        ):  # the line belongs to the last of the nodes that were fused; the first one says what it is for
             named = {x.name: x for x in node.graph.nodes if "triton_kernel" not in x.name} if node is not None else {}
             node = next((named[name] for name in sources if name in named), node)
         meta = node.meta if node is not None else {}
@@ -380,7 +411,9 @@ def _site(frames: list[tuple[str, int]]) -> str:
 
 def _comment(above: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The nodes and the calls that Inductor names in the comment above a launch."""
-    comments = [match for line in above if (match := re.search(r"Source Nodes: \[(.*)\], Original ATen: \[(.*)\]", line))]
+    comments = [
+        match for line in above if (match := re.search(r"Source Nodes: \[(.*)\], Original ATen: \[(.*)\]", line))
+    ]
     if not comments:
         return (), ()
     nodes, calls = (tuple(name for name in group.split(", ") if name) for group in comments[-1].groups())

@@ -34,7 +34,9 @@ REGISTERS, THREADS, WARP, THREADS_OF_A_PROGRAM, SHARED_BY_DEFAULT = 65536, 2048,
 def require() -> None:
     """UserError, in one line with what to do, unless this process can compile for a GPU that is not there."""
     version = torch.__version__
-    install = f"python -m venv cuda && cuda/bin/pip install {_wanted()} and what pyproject.toml names (no GPU is needed)"
+    install = (
+        f"python -m venv cuda && cuda/bin/pip install {_wanted()} and what pyproject.toml names (no GPU is needed)"
+    )
     if torch.version.cuda is None:
         raise UserError(f"bench.compiled needs a build of PyTorch with CUDA, and {version} has none: {install}")
     if version.rpartition(".")[0] not in KNOWN:
@@ -92,6 +94,7 @@ def _properties(name: str, target: Target, gigabytes: int) -> types.SimpleNamesp
 
 # ------------------------------------------------------------------------------------------------------------ one by one
 
+
 def _autograd() -> None:
     """The engine guards each call with the device's streams, and asks first whether a device is in use: it is not.
 
@@ -106,12 +109,16 @@ def _autograd() -> None:
     store = ctypes.string_at(setter, 32).find(_STORE)
     if store < 0:
         raise UserError(f"bench.compiled: {_SETTER} of this build of PyTorch is not as expected: it wants {_wanted()}")
-    end = setter + store + len(_STORE) + 4  # where the instruction ends; its last four bytes say how far from there it stores
+    end = (
+        setter + store + len(_STORE) + 4
+    )  # where the instruction ends; its last four bytes say how far from there it stores
     variable = end + ctypes.c_int32.from_address(end - 4).value
     question = ctypes.c_void_p.from_address(variable).value
     page, both = question & -4096, 2 * 4096
     if ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), both, 7):  # read, write and run
-        raise UserError("bench.compiled: this system lets no program change its own code, which PyTorch without a GPU needs")
+        raise UserError(
+            "bench.compiled: this system lets no program change its own code, which PyTorch without a GPU needs"
+        )
     ctypes.memmove(question, _RETURN_FALSE, len(_RETURN_FALSE))
     torch.autograd.set_multithreading_enabled(False).__enter__()
 

@@ -42,7 +42,10 @@ def test_without_a_known_build_with_cuda_one_line_says_how_to_get_one():
 
 @pytest.mark.parametrize(
     ("version", "cuda", "message"),
-    [("2.11.0+cpu", None, "has none"), ("2.99.0+cu140", "14.0", r"does not know those of 2\.99\.0\+cu140 \(it knows 2\.11\)")],
+    [
+        ("2.11.0+cpu", None, "has none"),
+        ("2.99.0+cu140", "14.0", r"does not know those of 2\.99\.0\+cu140 \(it knows 2\.11\)"),
+    ],
 )
 def test_the_version_is_asked_before_anything_is_changed(monkeypatch, version, cuda, message):
     monkeypatch.setattr(torch, "__version__", version)
@@ -70,7 +73,9 @@ def test_mistakes_are_named(options, message):
 
 
 def test_the_options_that_say_what_is_compiled_go_on_to_a_commit():
-    options = CompiledOptions(preset="124m", kernels="none", layers=2, code=False, packed=True, json="x", jobs=os.cpu_count())
+    options = CompiledOptions(
+        preset="124m", kernels="none", layers=2, code=False, packed=True, json="x", jobs=os.cpu_count()
+    )
     assert words(options) == ["--preset", "124m", "--kernels", "none", "--layers", "2", "--packed", "--no-code"]
     assert words(CompiledOptions()) == []
 
@@ -82,12 +87,12 @@ def test_the_step_is_that_of_train_py():
 
 # --------------------------------------------------------------------------------------------------------------- reading
 
-SOURCE = '''
+SOURCE = """
 @triton.jit
 def triton_poi_fused_add_0(in_ptr0, out_ptr0, xnumel, XBLOCK : tl.constexpr):
     pass
-'''
-OURS = '''
+"""
+OURS = """
 @triton_heuristics.user_autotune(custom_kernel=True)
 @triton.jit
 def _norm_kernel(
@@ -98,7 +103,7 @@ def _norm_kernel(
     D: tl.constexpr,
 ):
     pass
-'''
+"""
 
 
 def test_arguments_of_a_launch_are_the_parameters_that_are_no_constants():
@@ -188,7 +193,9 @@ def test_copies_fallbacks_and_spills_are_named():
 
 def test_the_tables_print():
     console = Console(width=200, file=io.StringIO())
-    show(result(launch("_swiglu_forward_kernel"), launch("index_put_ f32[9]", kind="fallback", part="backward")), console)
+    show(
+        result(launch("_swiglu_forward_kernel"), launch("index_put_ f32[9]", kind="fallback", part="backward")), console
+    )
     text = console.file.getvalue()
     assert "FALLBACK index_put_ f32[9]" in text
     assert "built for H100 SXM, not measured" in text
@@ -198,7 +205,10 @@ def test_a_difference_is_what_one_side_launches_more_often_or_otherwise():
     code = {"registers": [32], "stack": [0]}
     before = result(launch("a"), launch("a"), launch("b", code=code), launch("same", code=code))
     after = result(
-        launch("a"), launch("b", code=code | {"registers": [40]}), launch("same", code=code), launch("clone", kind="copy")
+        launch("a"),
+        launch("b", code=code | {"registers": [40]}),
+        launch("same", code=code),
+        launch("clone", kind="copy"),
     )
     changes = {change["launch"]: change for change in difference(before, after)}
     assert set(changes) == {"a", "b", "COPY by Inductor: clone"}
@@ -226,5 +236,8 @@ def test_a_small_step_is_compiled_and_its_code_built(tmp_path):
     assert all(row["code"] for row in rows if row["kind"] in ("kernel", "generated", "copy"))
     totals = by_op(found)
     assert totals["linear"]["bytes"] == totals["linear"]["floor bytes"]  # a product moves no more than it must
-    assert totals["linear"]["forward launches"] + totals["linear"]["backward launches"] == totals["linear"]["floor launches"]
+    assert (
+        totals["linear"]["forward launches"] + totals["linear"]["backward launches"]
+        == totals["linear"]["floor launches"]
+    )
     assert "_swiglu_forward_kernel" in done.stdout

@@ -11,7 +11,13 @@ from tests.support.kernel_testing import DEVICE
 from tests.support.step_testing import make_trainer, micro_batches
 
 F32, F16 = torch.float32, torch.float16
-CASES = [("none", F32), ("none", F16), ("all", F32), ("all,-attention@0,-rms_norm@1", F16), ("linear_cross_entropy", F32)]
+CASES = [
+    ("none", F32),
+    ("none", F16),
+    ("all", F32),
+    ("all,-attention@0,-rms_norm@1", F16),
+    ("linear_cross_entropy", F32),
+]
 # What a compiled sum may round otherwise, as a share of a gradient's root mean square.
 BOUND = {F32: 1e-4, F16: 2e-2}
 
