@@ -12,12 +12,13 @@ Every launch of one micro-step and of the update is printed in order; layers tha
                 it writes; products of a library, with their shapes; COPY: Inductor moves or casts and computes nothing; FALLBACK:
                 compiled code calls PyTorch's own kernel
     for         the op that the launch serves, as bench.roofline names them
-    MB          of the tensors that are loaded from and stored to, each byte once. A cache may spare some
+    MB          of the tensors that are loaded from and stored to, each byte once, and whole where a kernel of ours touches only
+                a part of what it is given (queries in a packed product). A cache may spare some
     registers   of a thread; spills: bytes a thread; load/store: bytes of the widest access to global memory. From the machine code,
                 which Triton builds here. Where Inductor has several configurations and chooses on the GPU, the least and the most
 
-No GPU is needed, and none is asked; a build of PyTorch with CUDA is. Nothing is measured: which launches there are and what they
-move is exact, how long they take is not here.
+No GPU is needed, and none is asked; a build of PyTorch with CUDA is. Nothing is measured: which launches there are is exact, what
+they move is counted, how long they take is not here.
 """
 
 import os
@@ -97,11 +98,11 @@ def check(options: CompiledOptions) -> None:
     if len(options.diff) > 2:
         raise UserError(f"--diff names {len(options.diff)}; it takes one or two")
     config = step_config(options)
-    replace(config, kernels="", optimizer="adamw").check()  # which would ask for the GPU that the kernels need
+    replace(config, kernels="").check()  # which would ask for the GPU that the kernels need
     try:
-        parse(options.kernels, config.n_layers)
+        config.switches()
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(f"--kernels: {error}") from None
     without_gpu.require()
 
 
@@ -113,7 +114,6 @@ def step_config(options: CompiledOptions) -> TrainConfig:
         "deterministic": options.deterministic,
         "n_layers": options.layers or config.n_layers,
         "batch_size": options.batch_size or config.batch_size,
-        "optimizer": "adamw" if options.kernels == "none" else "fused-adamw",
     }
     return replace(config, **changed)
 

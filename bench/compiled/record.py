@@ -1,9 +1,9 @@
 """A training step as a GPU would be given it, launch by launch, without one.
 
-A forward and a backward pass run on tensors of a GPU that is not there (`bench.compiled.without_gpu`), which have shapes and no
-numbers, so that `torch.compile` makes its graphs. Then `Trainer.step` runs, and every launch is written down in order: what
-Inductor wrote runs as it is, with its kernels replaced by a note of their arguments; all calls that reach PyTorch's dispatcher are
-seen on their way; and the ops that Inductor cannot look into are looked into.
+`Trainer.step` runs on tensors of a GPU that is not there (`bench.compiled.without_gpu`), which have shapes and no numbers. The
+first time `torch.compile` makes its graphs. Then every launch is written down in order: what Inductor wrote runs as it is, with its
+kernels replaced by a note of their arguments; all calls that reach PyTorch's dispatcher are seen on their way; and the ops that
+Inductor cannot look into are looked into.
 """
 
 import bisect
@@ -47,7 +47,7 @@ autograd gives back as a tensor, to the gradient."""
 KINDS = {
     "kernel": "Triton, written here",
     "generated": "Triton, by Inductor",
-    "copy": "Triton, by Inductor: moves or casts, and computes nothing",
+    "copy": "in compiled code what moves or casts, and computes nothing",
     "product": "a matrix product of a library",
     "attention": "scaled_dot_product_attention of a library",
     "fallback": "in compiled code a call of PyTorch's own kernels",
@@ -79,7 +79,7 @@ MOVES |= {
     "as_strided",
     "unflatten",
 }
-"""What Inductor's kernel came from where it computes nothing."""
+"""Calls of PyTorch that compute nothing."""
 
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.int64: "i64", torch.int32: "i32"}
@@ -140,11 +140,11 @@ class Call:
         """What the launch is, alike for launches that do the same to the same shapes and in other versions of the code."""
         if self.kind == "kernel":
             return self.name
-        of_triton = self.kind in ("generated", "copy")
-        computed = ", ".join(self.origins) if of_triton else self.name
         read = " ".join(str(shape) for name, shape in self.tensors.items() if "out" not in name)
         written = " ".join(str(shape) for name, shape in self.tensors.items() if "out" in name)
-        return f"{computed} -> {written}" if of_triton else f"{computed} {read}{' -> ' * bool(read)}{written}".strip()
+        if self.kernel is not None:
+            return f"{', '.join(self.origins)} -> {written}"
+        return f"{self.name} {read}{' -> ' * bool(read)}{written}".strip()
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,9 @@ def record(config: TrainConfig, packed: bool = False) -> tuple[list[Call], int]:
             first_key = torch.empty(tokens.shape, dtype=torch.int32) if packed else None
         trainer = Trainer(model, config, World())
         batch = (tokens, targets, first_key)
-        trainer.loss_sum(*batch).backward(torch.ones((), device="cuda"))
+        trainer.optimizer.update = lambda *_: None  # nothing in it is compiled, and not all of torch's could run
+        trainer.step([batch], tokens.numel(), config.learning_rate)
+        del trainer.optimizer.update
         graphs = len(_process.modules)
         loss_sum, seen = trainer.loss_sum, []
         for micro_steps in (1, 2):
@@ -346,7 +348,7 @@ class _Seen(TorchDispatchMode):
         given = dict(zip(parameters(kernel), arguments, strict=False))
         tensors = {name: Shape.of(x) for name, x in given.items() if isinstance(x, Tensor)}
         call = self._call("kernel" if kernel.is_ours else "generated", kernel.name, tensors)
-        if call.kind == "generated" and call.origins and set(call.origins) <= MOVES:
+        if call.origins and set(call.origins) <= MOVES:
             call.kind = "copy"
         points = prod(x for name, x in given.items() if name.endswith("numel"))
         self.calls.append(replace(call, kernel=kernel, points=0 if kernel.is_ours else points))
@@ -375,7 +377,9 @@ class _Seen(TorchDispatchMode):
         meta = node.meta if node is not None else {}
         frames, original = _frames(meta.get("stack_trace") or ""), str(meta.get("original_aten", ""))
         origins = origins if kind == "generated" else ()
-        return Call(part, kind, name, self._op(frames, (*origins, original)), origins, _site(frames), tensors)
+        op = next((op for op in self._ops if kind == "kernel" and name.startswith(f"_{op}_")), None)
+        op = op or self._op(frames, (*origins, original))
+        return Call(part, kind, name, op, origins, _site(frames), tensors)
 
     def _op(self, frames: list[tuple[str, int]], origins: tuple[str, ...]) -> str:
         """By the innermost line of this project that is in the file of an op, or by the calls that were compiled."""
@@ -392,7 +396,9 @@ def _kind(name: str, in_graph: bool) -> str:
         return "product"
     if "attention" in name:
         return "attention"
-    return "fallback" if in_graph else "eager"
+    if not in_graph:
+        return "eager"
+    return "copy" if name in MOVES else "fallback"
 
 
 def _frames(stack_trace: str) -> list[tuple[str, int]]:
@@ -417,6 +423,8 @@ def _comment(above: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not comments:
         return (), ()
     nodes, calls = (tuple(name for name in group.split(", ") if name) for group in comments[-1].groups())
+    # What Inductor adds to the graph itself comes from no call: the clone of what a kernel is taken to write is such.
+    calls = calls or tuple(re.sub(r"(_default)?(_\d+)?$", "", name) for name in nodes)
     return nodes, tuple(name.removeprefix("aten.") for name in calls)
 
 

@@ -95,7 +95,7 @@ def label(row: dict) -> str:
     """What a row says of a launch that is not ours."""
     return {
         "generated": f"Inductor: {row['title']}",
-        "copy": f"COPY by Inductor: {row['title']}",
+        "copy": f"COPY {row['title']}",
         "fallback": f"FALLBACK {row['title']}",
     }.get(row["kind"], row["title"])
 
@@ -211,7 +211,7 @@ def remarks(result: dict) -> list[str]:
     """What deserves a word: copies, fallbacks and spills by name, and how many launches a whole step makes."""
     rows = result["launches"]
     lines = []
-    for kind, word in (("copy", "copies by Inductor"), ("fallback", "fallbacks to PyTorch's own kernels")):
+    for kind, word in (("copy", "copies in compiled code"), ("fallback", "fallbacks to PyTorch's own kernels")):
         found = [row for row in rows if row["kind"] == kind]
         moved = sum(row["read"] + row["written"] for row in found)
         names = "; ".join(f"{n} x {title}" for title, n in Counter(row["title"] for row in found).items())

@@ -151,6 +151,7 @@ def _device(properties: types.SimpleNamespace) -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, _always(answer))
     torch._C._cuda_getCurrentRawStream = _always(0)
+    torch.from_dlpack = torch.empty_like  # a second tensor of the same memory, of which there is none
     for interface in (CudaInterface, CudaInterface.Worker):
         interface.get_device_properties = staticmethod(_always(properties))
         interface.current_device = staticmethod(_always(0))

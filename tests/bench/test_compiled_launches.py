@@ -19,8 +19,8 @@ from bench.compiled import KNOWN
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("compiled_launches.json")
 PRESETS = ("reference", "124m", "llama3.2-1b")
-LAYERS = 3
-"""A first, a middle and a last one."""
+LAYERS = 2
+"""A first one and a last one."""
 
 can_compile = torch.version.cuda is not None and torch.__version__.startswith(tuple(KNOWN))
 
@@ -52,9 +52,17 @@ def test_a_fused_step_launches_what_the_list_names(preset, tmp_path):
         assert not want - have, f"{preset}, {part}: launches that are gone; write the list anew: {dict(want - have)}"
 
 
-def test_the_lists_hold_no_copy():
-    for parts in json.loads(FILE.read_text()).values():
-        assert not [name for of_part in parts.values() for name in of_part if name.startswith("COPY")]
+# The loss head's look at the address of its upstream gradient is an op, and an op may not return what it was given.
+KNOWN_COPIES = {"COPY clone": 1}
+
+
+def test_the_lists_hold_no_copy_but_those_known():
+    for preset, parts in json.loads(FILE.read_text()).items():
+        copies = Counter()
+        for name, times in ((name, times) for of_part in parts.values() for name, times in of_part.items()):
+            if name.startswith("COPY"):
+                copies[" ".join(name.split()[:2])] += times
+        assert copies <= Counter(KNOWN_COPIES), preset
 
 
 if __name__ == "__main__":
