@@ -96,14 +96,20 @@ def compile_specialized(specialized: Specialized) -> Any:
 
 def build(specialized: Specialized) -> MachineCode:
     """Compile and read. Raises what Triton and its assemblers raise."""
-    target, compiled = specialized.target, compile_specialized(specialized)
+    pointers = [name for name, kind in specialized.source.signature.items() if kind != "constexpr"]
+    compiled = compile_specialized(specialized)
+    loads, stores = narrowest_accesses(compiled.asm["llir"], pointers)
+    code = read_compiled(compiled, specialized.target, loads, stores)
+    # AMD loads what is one value for all threads into scalar registers, by instructions that are not read here.
+    assert specialized.target.backend == "hip" or bool(loads) == (code.widest_load > 0), "not all loads were read"
+    assert bool(stores) == (code.widest_store > 0), "not all stores were read"
+    return code
+
+
+def read_compiled(compiled: Any, target: Target, loads: dict[str, int], stores: dict[str, int]) -> MachineCode:
+    """What Triton's CompiledKernel came to; loads and stores as in MachineCode."""
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     read = _read_cubin(compiled.asm["cubin"]) if target.backend == "cuda" else _read_amdgcn(compiled.asm["amdgcn"])
-    pointers = [name for name, kind in specialized.source.signature.items() if kind != "constexpr"]
-    loads, stores = narrowest_accesses(compiled.asm["llir"], pointers)
-    # AMD loads what is one value for all threads into scalar registers, by instructions that are not read here.
-    assert target.backend == "hip" or bool(loads) == (read["widest_load"] > 0), "not all loads were read"
-    assert bool(stores) == (read["widest_store"] > 0), "not all stores were read"
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
     programs = resident_programs(target, warps, read["registers"], shared, tensor_memory)
     return MachineCode(

@@ -4,14 +4,8 @@ The commit's files are laid out in a folder of their own, where its own `bench.m
 index, branches and working trees stay as they are, and the folder is removed whatever happens.
 """
 
-import io
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import commit
+from bench.commit import ROOT
 from bench.machine_code.rows import sizes, tile
 from training.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-
-PROGRAMS = ("bench/machine_code/__main__.py", "bench/machine_code.py")
-"""Where `bench.machine_code` lies at a commit: as a room, or in older ones as a file."""
 KEYS = ("arch", "name", "presets", "constants", "faults", "code")
 """What of a row is read here."""
 FIXED = ("warps", "registers", "stack", "shared", "resident warps", "widest_load", "widest_store")
@@ -49,49 +41,23 @@ def rows_at(revision: str, selection: list[str], console: Console, root: Path = 
 
     selection: its options. UserError where there is no such commit, or where it can't build that.
     """
-    if _git(root, "rev-parse", "--git-dir") is None:
-        raise UserError(f"--diff compares with a commit, and {root} is not a git checkout")
-    commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if commit is None:
-        raise UserError(f"--diff is {revision!r}, which names no commit of {root}; a hash, a branch or a tag is wanted")
-    files = _git(root, "archive", "--format=zip", commit.decode().strip())
-    if files is None:
-        raise UserError(f"--diff is {revision!r}, which has no files of {root}")
-    with tempfile.TemporaryDirectory(prefix="machine-code-") as folder, console.status(f"building {revision}"):
-        zipfile.ZipFile(io.BytesIO(files)).extractall(folder)
-        return _built(revision, selection, Path(folder))
-
-
-def _git(root: Path, *arguments: str) -> bytes | None:
-    try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
-    except subprocess.CalledProcessError:
-        return None
-    except OSError as error:
-        raise UserError(f"--diff needs git, which can't be run: {error.strerror}") from None
+    with commit.laid_out(revision, root) as folder, console.status(f"building {revision}"):
+        return _built(revision, selection, folder)
 
 
 def _built(revision: str, selection: list[str], folder: Path) -> list[dict]:
-    if not any((folder / program).exists() for program in PROGRAMS):
+    if not commit.has(folder, "bench.machine_code"):
         raise UserError(f"--diff is {revision!r}, which has no bench.machine_code yet")
     result = folder / "result-of-machine-code.json"
-    command = [sys.executable, "-m", "bench.machine_code", *selection, "--json", str(result)]
-    environ = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "1000"}  # no message is broken into lines
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    done = commit.run_there(folder, "bench.machine_code", [*selection, "--json", str(result)])
     if not result.exists():  # whatever the status: 1 says both that a kernel is at fault and that Python failed
         raise UserError(
-            f"--diff: bench.machine_code {' '.join(selection)} fails at {revision}: {_last_words(done.stderr)}"
+            f"--diff: bench.machine_code {' '.join(selection)} fails at {revision}: {commit.last_words(done.stderr)}"
         )
     rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
     if missing := [key for key in KEYS if any(key not in row for row in rows)]:
         raise UserError(f"--diff is {revision!r}, whose bench.machine_code does not write yet: {', '.join(missing)}")
     return rows
-
-
-def _last_words(stderr: str) -> str:
-    """The last line with words in it, without the frame that tyro draws around its messages."""
-    lines = [line.strip(" │╭╮╰╯─") for line in stderr.splitlines()]
-    return next((line for line in reversed(lines) if line and "--help" not in line), "no reason given")
 
 
 # ------------------------------------------------------------------------------------------------------- the difference

@@ -105,7 +105,7 @@ def _step(config: TrainConfig, spec: str, arch: str, micro_steps: int) -> dict[s
     return counter.tallies
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None = None) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None = None) -> Tensor:
     """What `attention_torch` does on a GPU: there SDPA chooses its flash kernel and pads heads to a multiple of 8.
 
     It asks the device, and of the meta device it expects nothing but the unfused form.
@@ -146,7 +146,7 @@ class _Counter(TorchDispatchMode):
     def label_ops(self, ops: Ops) -> Ops:
         """The ops, each of whose calls belongs to the op that `model.flops` counts it by."""
         if ops.attention is attention_torch:
-            ops = replace(ops, attention=_flash_attention)
+            ops = replace(ops, attention=flash_attention)
         names = [name for names in FIELDS.values() for name in names]
         if not isinstance(ops.rope_attention, InTurn):
             names.append("rope_attention")
