@@ -161,7 +161,7 @@ FIGURES = ("registers", "stack", "shared", "warps", "widest_load", "widest_store
 
 
 def _row(call: Any, code: Any) -> dict:
-    tensors = {name: [str(shape), list(shape.strides)] for name, shape in call.tensors.items()}
+    tensors = {name: str(shape) for name, shape in call.tensors.items()}
     figures = None if code is None else {name: code.figures(name) for name in FIGURES}
     names = ("part", "kind", "name", "title", "op", "origins", "site", "read", "written")
     return {name: getattr(call, name) for name in names} | {"tensors": tensors, "code": figures}

@@ -29,7 +29,7 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 
 from bench.machine_code.build import compile_specialized, narrowest_accesses, specialize
-from kernels.launch import TARGETS, Launched
+from kernels.launch import TARGETS, LaunchRecord
 
 TARGET = TARGETS["sm_90"]
 
@@ -84,7 +84,7 @@ ONE_KERNEL = """
 import sys
 from double import _double_kernel
 x, y = torch.empty(2, 4096, device="meta")
-launched = Launched(_double_kernel, (4,), {"x_ptr": x, "y_ptr": y, "n": 4096, "BLOCK": 1024}, 4, 2)
+launched = LaunchRecord(_double_kernel, (4,), {"x_ptr": x, "y_ptr": y, "n": 4096, "BLOCK": 1024}, 4, 2)
 print(json.dumps([believed(launched), written(specialize(launched, TARGET))]))
 """
 
