@@ -16,7 +16,7 @@ from torch._inductor.runtime import triton_helpers
 from bench.compiled.record import Call, Eager, Generated, Shape
 from bench.machine_code.build import MachineCode, build, narrowest_accesses, read_compiled, specialize
 from bench.roofline.launches import tensor_bytes
-from kernels.launch import Launched, Target
+from kernels.launch import LaunchRecord, Target
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def _accesses(kernel: Generated, compiled: Any) -> tuple[dict[str, int], dict[st
     return narrowest_accesses(compiled.asm["llir"], pointers)
 
 
-def _launched(eager: Eager) -> Launched:
+def _launched(eager: Eager) -> LaunchRecord:
     arguments = {name: x.meta() if isinstance(x, Shape) else x for name, x in eager.arguments.items()}
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    return Launched(eager.kernel, eager.grid, arguments, **options)
+    return LaunchRecord(eager.kernel, eager.grid, arguments, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes

@@ -29,7 +29,7 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 
 from bench.machine_code.build import compile_specialized, narrowest_accesses, specialize
-from kernels.launch import TARGETS, Launched
+from kernels.launch import TARGETS, LaunchRecord
 
 TARGET = TARGETS["sm_90"]
 
@@ -47,12 +47,13 @@ def written(specialized):
 EVERY_KERNEL = """
 import importlib, pkgutil
 import kernels
-from bench.machine_code.cases import CASES, launches
+from bench.machine_code.rows import launches
+from bench.ops.catalogue import SHEETS
 from training.config import defaults
 from triton.runtime.jit import JITFunction
 
 found, seen = [], {}
-for case in CASES:
+for case in SHEETS:
     for direction, launched in launches(case, defaults("reference"), TARGET):
         specialized = specialize(launched, TARGET)
         if specialized.key not in seen:
@@ -84,7 +85,7 @@ ONE_KERNEL = """
 import sys
 from double import _double_kernel
 x, y = torch.empty(2, 4096, device="meta")
-launched = Launched(_double_kernel, (4,), {"x_ptr": x, "y_ptr": y, "n": 4096, "BLOCK": 1024}, 4, 2)
+launched = LaunchRecord(_double_kernel, (4,), {"x_ptr": x, "y_ptr": y, "n": 4096, "BLOCK": 1024}, 4, 2)
 print(json.dumps([believed(launched), written(specialize(launched, TARGET))]))
 """
 
