@@ -52,14 +52,21 @@ def linear_cross_entropy(c: TrainConfig, dtype: torch.dtype, device: torch.devic
     return Case(f"{rows} x {c.dim} x {vocab}", (hidden, weight, targets), costs)
 
 
-def as_in_the_model(c: TrainConfig) -> Tensor:
-    """The loss of a float32 weight beside its copy in the compute dtype and its gradient's sum, on the meta device."""
+def as_in_the_model(c: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The loss of a float32 weight beside its copy in the compute dtype, on the meta device: in a step that gives the memory
+    of the weight's gradient and the scale of the loss, and where neither is known before.
+    """
     rows = c.batch_size * c.max_seq_len
     hidden = leaf(rows, c.dim, dtype=torch.bfloat16, device=torch.device("meta"))
     weight = leaf(c.vocab_size, c.dim, dtype=torch.float32, device=hidden.device)
     targets = torch.empty(rows, dtype=torch.int64, device=hidden.device)
     known = {"gradient_sum": torch.empty_like(weight), "scale": torch.empty((), device=hidden.device)}
-    return kernels.TRITON.linear_cross_entropy(hidden, weight, targets, compute_weight=weight.bfloat16(), **known)
+
+    def loss(**known: Tensor) -> Tensor:
+        op = kernels.TRITON.linear_cross_entropy
+        return op(hidden, weight, targets, compute_weight=weight.bfloat16(), **known)
+
+    return loss(**known), loss()
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers

@@ -47,12 +47,13 @@ def written(specialized):
 EVERY_KERNEL = """
 import importlib, pkgutil
 import kernels
-from bench.machine_code.cases import CASES, launches
+from bench.machine_code.rows import launches
+from bench.ops.catalogue import SHEETS
 from training.config import defaults
 from triton.runtime.jit import JITFunction
 
 found, seen = [], {}
-for case in CASES:
+for case in SHEETS:
     for direction, launched in launches(case, defaults("reference"), TARGET):
         specialized = specialize(launched, TARGET)
         if specialized.key not in seen:
