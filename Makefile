@@ -28,7 +28,7 @@ test: setup lint  ## lint, then every test but the slow ones
 test-slow: setup  ## the slow tests
 	OMP_NUM_THREADS=1 $(RUN) $(TESTS) slow
 
-test-oldest: setup-oldest  ## with the oldest of everything that pyproject.toml allows: what test runs, and the machine code of every kernel
+test-oldest: setup-oldest  ## what test runs, with the oldest versions that pyproject.toml allows, and their machine code
 	OMP_NUM_THREADS=1 $(RUN_OLDEST) $(TESTS) "not slow"
 	$(RUN_OLDEST) -m bench.machine_code
 
@@ -50,7 +50,7 @@ $(VENV)/.installed: requirements.lock
 	$(RUN) -m pip install --quiet --requirement requirements.lock
 	@touch $@
 
-setup-oldest: $(VENV_OLDEST)/.installed
+setup-oldest: $(VENV_OLDEST)/.installed  ## make .venv-oldest with the versions of requirements-oldest.lock
 
 $(VENV_OLDEST)/.installed: requirements-oldest.lock
 	$(PYTHON_OLDEST) -m venv $(VENV_OLDEST)
