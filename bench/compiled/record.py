@@ -377,7 +377,8 @@ class _Seen(TorchDispatchMode):
         meta = node.meta if node is not None else {}
         frames, original = _frames(meta.get("stack_trace") or ""), str(meta.get("original_aten", ""))
         origins = origins if kind == "generated" else ()
-        op = next((op for op in self._ops if kind == "kernel" and name.startswith(f"_{op}_")), None)
+        of_name = [op for op in self._ops if kind == "kernel" and name.startswith(f"_{op}_")]
+        op = max(of_name, key=len, default=None)  # linear_cross_entropy is not linear
         op = op or self._op(frames, (*origins, original))
         return Call(part, kind, name, op, origins, _site(frames), tensors)
 
