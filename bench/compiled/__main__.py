@@ -67,10 +67,11 @@ class CompiledOptions:
 def measure(options: CompiledOptions, console: Console) -> dict:
     """Print what the options ask for and return (and write, where asked) the result."""
     check(options)
+    here = environment()  # before there seems to be a GPU
     if not options.diff:
         from bench.compiled import show
 
-        result = compiled(options, console)
+        result = compiled(options, console) | {"environment": here}
         show.show(result, console)
     else:
         from bench.compiled import diff
@@ -79,7 +80,7 @@ def measure(options: CompiledOptions, console: Console) -> dict:
         sides = [_side(name, options, console) for name in options.diff]
         before, after = (*sides, compiled(options, console)) if len(sides) == 1 else sides
         diff.show(before, after, names, console)
-        result = diff.result(before, after, names)
+        result = diff.result(before, after, names) | {"environment": here}
     if options.json:
         write_json(options.json, result)
     return result
@@ -140,7 +141,7 @@ def compiled(options: CompiledOptions, console: Console) -> dict:
     return {
         "bench": "compiled",
         "preset": options.preset,
-        "gpu": name,
+        "built_for": name,
         "arch": arch,
         "kernels": options.kernels,
         "packed": options.packed,
@@ -152,7 +153,6 @@ def compiled(options: CompiledOptions, console: Console) -> dict:
         "step_launches": len(calls) + (micro_steps - 1) * (in_two_micro_steps - len(calls)),
         "launches": [_row(call, code) for call, code in zip(calls, codes, strict=True)],
         "floor": {op: asdict(tally) for op, tally in floor_tally(one).items()},
-        "environment": environment(),
     }
 
 

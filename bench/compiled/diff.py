@@ -10,7 +10,6 @@ from rich.table import Table
 from bench import commit
 from bench.compiled.record import PARTS
 from bench.compiled.show import by_op, label
-from bench.measure import environment
 from training.errors import UserError
 
 Launch = tuple[str, str]
@@ -119,10 +118,4 @@ def _add_row(table: Table, op: str, launches: list[int], moved: list[int]) -> No
 def result(before: dict, after: dict, names: tuple[str, str]) -> dict:
     """For JSON: both sides and what differs."""
     sides = dict(zip(("before", "after"), (before, after), strict=True))
-    return {
-        "bench": "compiled-diff",
-        "names": list(names),
-        "changes": difference(before, after),
-        **sides,
-        "environment": environment(),
-    }
+    return {"bench": "compiled-diff", "names": list(names), "changes": difference(before, after), **sides}

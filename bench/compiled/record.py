@@ -274,7 +274,7 @@ def record(config: TrainConfig, packed: bool = False) -> tuple[list[Call], int]:
         graphs = len(_process.modules)
         loss_sum, seen = trainer.loss_sum, []
         for micro_steps in (1, 2):
-            _process.seen = _Seen({cost.op for cost in step_costs(config.shape(), 1, 1)})
+            _process.seen = _Seen(set(step_costs(config.shape(), 1, 1)))
             trainer.loss_sum = _process.seen.forward(loss_sum)
             seen.append(_process.seen)
             try:
@@ -377,7 +377,8 @@ class _Seen(TorchDispatchMode):
         meta = node.meta if node is not None else {}
         frames, original = _frames(meta.get("stack_trace") or ""), str(meta.get("original_aten", ""))
         origins = origins if kind == "generated" else ()
-        op = next((op for op in self._ops if kind == "kernel" and name.startswith(f"_{op}_")), None)
+        of_name = [op for op in self._ops if kind == "kernel" and name.startswith(f"_{op}_")]
+        op = max(of_name, key=len, default=None)  # linear_cross_entropy is not linear
         op = op or self._op(frames, (*origins, original))
         return Call(part, kind, name, op, origins, _site(frames), tensors)
 

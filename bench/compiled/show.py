@@ -204,7 +204,7 @@ def heading(result: dict) -> str:
     """What a result is of."""
     shape = f"{result['batch_size']} x {result['sequence_length']} tokens, {result['layers']} layers"
     packed = ", packed documents" if result["packed"] else ""
-    return f"{result['preset']} ({shape}{packed}), kernels {result['kernels']}, built for {result['gpu']}, not measured"
+    return f"{result['preset']} ({shape}{packed}), kernels {result['kernels']}, built for {result['built_for']}, not measured"
 
 
 def remarks(result: dict) -> list[str]:

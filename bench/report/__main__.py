@@ -15,7 +15,7 @@ from bench import archive, command
 from bench.all import gpu_cases
 from bench.archive import Result
 from bench.parity.__main__ import worst
-from bench.report import charts, profiles
+from bench.report import charts, compiled, profiles
 from bench.report.goals import GPU, LOSS_HEAD, LOSS_HEAD_SIZE, OPS, STEP, UNMEASURED, verdicts
 from bench.report.markdown import table
 from bench.report.standings import CPU, Standings, Steps
@@ -243,6 +243,11 @@ def results_page(results: list[Result], drawn: list[str]) -> str:
         "## Errors against float64\n",
         _parity(standings.newest("parity", "preset", "dtype")) or _nothing("bench.parity"),
     ]
+    parts += [
+        "## What a compiled step launches\n",
+        "Built without a GPU, not measured: which launches there are, and the bytes of their tensors. A library call is one.\n",
+        _compiled(standings.newest("compiled", "preset", "kernels")) or _nothing("bench.compiled"),
+    ]
     parts += ["## The floor\n", _roofline(standings.newest("roofline", "preset")) or _nothing("bench.roofline")]
     parts += ["## Where the figures are from\n", _sources(results) or "Nothing has been measured.\n"]
     return "\n".join(parts)
@@ -346,6 +351,11 @@ def _parity(results: list[Result]) -> str:
             rows.append([result.gpu or CPU, result.data["preset"], result.data["dtype"], op, where, *errors])
     headings = ["on", "preset", "dtype", "op", "worst at", "plain", "fused", "fused over plain or the floor"]
     return table(headings, rows, numbers_from=5) if rows else ""
+
+
+def _compiled(results: list[Result]) -> str:
+    rows = compiled.rows(results)
+    return table(compiled.HEADINGS, rows, numbers_from=3) if rows else ""
 
 
 def _roofline(results: list[Result]) -> str:

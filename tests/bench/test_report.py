@@ -363,6 +363,23 @@ def test_the_page_says_what_the_floor_is_mostly_made_of(tmp_path):
     assert row in results_page(archive.read(tmp_path), [])
 
 
+def test_the_page_says_what_a_compiled_step_launches(tmp_path):
+    launch = {
+        "part": "forward",
+        "kind": "copy",
+        "name": "k",
+        "read": 10**9,
+        "written": 10**9,
+        "code": {"stack": [0, 8]},
+    }
+    data = {"preset": "reference", "kernels": "all", "built_for": "H100 SXM", "step_launches": 1038}
+    floor = {"swiglu": {"launches": 1, "bytes": 10**9}}
+    write(tmp_path, "compiled", "compiled", launches=[launch], floor=floor, **data)
+    page = results_page(archive.read(tmp_path), [])
+    assert "Built without a GPU, not measured" in page
+    assert "| reference | all | H100 SXM | 1 | 0 | 0 | 1,038 | 2.00 | 1.00 | 1 | 0 | k |" in page
+
+
 def test_the_page_names_the_worst_error_even_where_it_is_no_number(tmp_path):
     write_parity(tmp_path)
     assert "layer out, q" in results_page(archive.read(tmp_path), [])
