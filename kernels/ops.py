@@ -55,7 +55,7 @@ FUSED = {(rope_triton, attention_triton): rope_attention_triton}
 """Pairs of rope and attention that are one kernel where both are on."""
 
 # The fields of Ops that one switch turns. Those of the whole run (AdamW's) turn none.
-FIELDS = {switch: (switch,) for switch in (*grammar.LAYER_SWITCHES, *grammar.OUT_SWITCHES)}
+FIELDS: dict[str, tuple[str, ...]] = {switch: (switch,) for switch in (*grammar.LAYER_SWITCHES, *grammar.OUT_SWITCHES)}
 FIELDS |= {"rms_norm": ("rms_norm", "add_rms_norm")}
 
 

@@ -190,13 +190,16 @@ class _Process:
         module = types.ModuleType(name)
         module.__file__ = name
         exec(compile(code.value, name, "exec"), vars(module))
-        module.empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
-            size, stride, dtype=dtype, device="cuda"
+        vars(module).update(
+            empty_strided_cuda=lambda size, stride, dtype: torch.empty_strided(
+                size, stride, dtype=dtype, device="cuda"
+            ),
+            reinterpret_tensor=lambda x, size, stride, offset: torch.as_strided(
+                x, size, stride, x.storage_offset() + offset
+            ),
+            assert_size_stride=lambda *_: None,
+            assert_alignment=lambda *_: None,
         )
-        module.reinterpret_tensor = lambda x, size, stride, offset: torch.as_strided(
-            x, size, stride, x.storage_offset() + offset
-        )
-        module.assert_size_stride = module.assert_alignment = lambda *_: None
         graph.cache_key, graph.cache_path, graph.cache_linemap = name, os.devnull, []  # read, and not used
         return module
 
