@@ -274,7 +274,7 @@ def record(config: TrainConfig, packed: bool = False) -> tuple[list[Call], int]:
         graphs = len(_process.modules)
         loss_sum, seen = trainer.loss_sum, []
         for micro_steps in (1, 2):
-            _process.seen = _Seen({cost.op for cost in step_costs(config.shape(), 1, 1)})
+            _process.seen = _Seen(set(step_costs(config.shape(), 1, 1)))
             trainer.loss_sum = _process.seen.forward(loss_sum)
             seen.append(_process.seen)
             try:
