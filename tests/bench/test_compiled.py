@@ -73,9 +73,7 @@ def test_mistakes_are_named(options, message):
 
 
 def test_the_options_that_say_what_is_compiled_go_on_to_a_commit():
-    options = CompiledOptions(
-        preset="124m", kernels="none", layers=2, code=False, packed=True, json="x", jobs=os.cpu_count()
-    )
+    options = CompiledOptions(preset="124m", kernels="none", layers=2, code=False, packed=True, json="x")
     assert words(options) == ["--preset", "124m", "--kernels", "none", "--layers", "2", "--packed", "--no-code"]
     assert words(CompiledOptions()) == []
 
