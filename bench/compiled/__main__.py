@@ -56,8 +56,6 @@ class CompiledOptions:
     """Under deterministic algorithms, as train.py has them by default."""
     code: bool = True
     """Build the machine code; without it registers and the bytes of Triton's kernels are left out, and it takes half the time."""
-    jobs: int = os.cpu_count() or 1
-    """Kernels to build at a time."""
     diff: list[str] = field(default_factory=list)
     """One or two selections of kernels or commits: print only what differs; of one, against --kernels in this working tree."""
     json: str = ""
@@ -92,7 +90,7 @@ def check(options: CompiledOptions) -> None:
         raise UserError("bench.compiled: Triton is not installed here (it has no build for this machine?)")
     from bench.compiled import without_gpu
 
-    command.check_at_least(options, layers=0, batch_size=0, jobs=1)
+    command.check_at_least(options, layers=0, batch_size=0)
     command.check_writable(options.json)
     if options.gpu not in without_gpu.MODELS:
         raise UserError(f"--gpu is {options.gpu!r}; allowed: {', '.join(without_gpu.MODELS)}")
@@ -135,7 +133,7 @@ def compiled(options: CompiledOptions, console: Console) -> dict:
         from bench.compiled.code import build_all
 
         with console.status("building machine code"):
-            calls, codes = zip(*build_all(calls, TARGETS[arch], options.jobs), strict=True)
+            calls, codes = zip(*build_all(calls, TARGETS[arch]), strict=True)
     one = replace(config, gradient_accumulation_steps=1)
     micro_steps = config.gradient_accumulation_steps
     return {
@@ -182,7 +180,7 @@ def words(options: CompiledOptions) -> list[str]:
     """The options that say what is compiled, as a command line."""
     default = CompiledOptions()
     found = []
-    for name in ("preset", "kernels", "gpu", "layers", "batch_size", "packed", "deterministic", "code", "jobs"):
+    for name in ("preset", "kernels", "gpu", "layers", "batch_size", "packed", "deterministic", "code"):
         value, option = getattr(options, name), name.replace("_", "-")
         if value == getattr(default, name):
             continue

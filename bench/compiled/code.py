@@ -6,7 +6,6 @@ Bytes are those of the tensors that the machine code loads from and stores to, e
 
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,12 +40,14 @@ class Code:
         return {name for code in self.configurations for name in code.stores}
 
 
-def build_all(calls: list[Call], target: Target, jobs: int) -> list[tuple[Call, Code | None]]:
-    """The calls with their bytes, and the code of those that are Triton's. Each kernel is built once."""
+def build_all(calls: list[Call], target: Target) -> list[tuple[Call, Code | None]]:
+    """The calls with their bytes, and the code of those that are Triton's. Each kernel is built once.
+
+    One after another: Python 3.11 now and then fails to parse two kernels at a time ("AST constructor recursion depth mismatch").
+    """
     triton_helpers.set_driver_to_gpu = lambda: None  # Inductor's kernels ask for the GPU's driver as they are imported
     works = {_key(call): call for call in calls if call.kernel is not None}
-    with ThreadPoolExecutor(jobs) as pool:
-        codes = dict(zip(works, pool.map(lambda call: _build(call, target), works.values()), strict=True))
+    codes = {key: _build(call, target) for key, call in works.items()}
     found = [(call, codes.get(_key(call)) if call.kernel is not None else None) for call in calls]
     return [(call if code is None else _with_bytes(call, code), code) for call, code in found]
 
