@@ -134,12 +134,8 @@ def _embedding_key_kernel(tokens_ptr, keys_ptr, n_rows, VOCAB: tl.constexpr, BLO
     tl.store(keys_ptr + row, key.to(keys_ptr.dtype.element_ty), row < n_rows)
 
 
-@triton.jit
-def _load_key(keys_ptr, place, inside, VOCAB: tl.constexpr):
-    """The key at a place of the sorted order, int32; VOCAB outside of it."""
-    return tl.load(keys_ptr + place, inside, other=VOCAB).to(tl.int32)
-
-
+# Both kernels load keys, VOCAB where there is none, without a helper: PyTorch takes a pointer that is passed to a function for
+# written where what the function returns becomes part of the address of a store.
 @triton.jit
 def _embedding_segment_kernel(
     dx_ptr,
@@ -160,12 +156,15 @@ def _embedding_segment_kernel(
     n_col_tiles: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     first = program // n_col_tiles
-    token = _load_key(keys_ptr, first, True, VOCAB)
-    begins = _load_key(keys_ptr, first - 1, first > 0, VOCAB) != token
+    token = tl.load(keys_ptr + first).to(tl.int32)
+    begins = tl.load(keys_ptr + first - 1, first > 0, other=VOCAB).to(tl.int32) != token
     if (token < VOCAB) & (begins | (first % SEGMENT == 0)):
         block = first // SEGMENT
         ahead = first + tl.arange(0, SEGMENT)
-        same = _load_key(keys_ptr, ahead, (ahead < (block + 1) * SEGMENT) & (ahead < n_rows), VOCAB) == token
+        same = (
+            tl.load(keys_ptr + ahead, (ahead < (block + 1) * SEGMENT) & (ahead < n_rows), other=VOCAB).to(tl.int32)
+            == token
+        )
         stop = first + tl.sum(same.to(tl.int32))
         cols = program % n_col_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
         sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -176,7 +175,7 @@ def _embedding_segment_kernel(
             dx = tl.load(dx_ptr + row * dx_stride * ALIGNMENT + cols[None, :], mask, other=0.0)
             sums += dx.to(tl.float32)
         total = tl.sum(sums, 0)
-        ends = _load_key(keys_ptr, stop, stop < n_rows, VOCAB) != token
+        ends = tl.load(keys_ptr + stop, stop < n_rows, other=VOCAB).to(tl.int32) != token
         if begins & ends:
             at = gradient_ptr + token.to(tl.int64) * WIDTH + cols
             tl.store(at, tl.load(at, cols < WIDTH, other=0.0) + total, cols < WIDTH)
@@ -202,9 +201,9 @@ def _embedding_join_kernel(
     program = tl.program_id(0).to(tl.int64)
     block = program // n_col_tiles
     after = (block + 1) * SEGMENT
-    token = _load_key(keys_ptr, after - 1, after <= n_rows, VOCAB)
-    goes_on = _load_key(keys_ptr, after, after < n_rows, VOCAB) == token
-    begins = _load_key(keys_ptr, block * SEGMENT - 1, block > 0, VOCAB) != token
+    token = tl.load(keys_ptr + after - 1, after <= n_rows, other=VOCAB).to(tl.int32)
+    goes_on = tl.load(keys_ptr + after, after < n_rows, other=VOCAB).to(tl.int32) == token
+    begins = tl.load(keys_ptr + block * SEGMENT - 1, block > 0, other=VOCAB).to(tl.int32) != token
     if (token < VOCAB) & goes_on & begins:
         cols = program % n_col_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.load(partial_ptr + (block * 2 + 1) * WIDTH + cols, cols < WIDTH, other=0.0)
@@ -212,11 +211,13 @@ def _embedding_join_kernel(
         start = block + 1
         while goes_on:
             following = start + tl.arange(0, BLOCK_M)
-            of_it = _load_key(keys_ptr, following * SEGMENT, following * SEGMENT < n_rows, VOCAB) == token
+            of_it = (
+                tl.load(keys_ptr + following * SEGMENT, following * SEGMENT < n_rows, other=VOCAB).to(tl.int32) == token
+            )
             mask = of_it[:, None] & (cols < WIDTH)[None, :]
             sums += tl.load(partial_ptr + following[:, None] * (2 * WIDTH) + cols[None, :], mask, other=0.0)
             start += BLOCK_M
-            goes_on = _load_key(keys_ptr, start * SEGMENT, start * SEGMENT < n_rows, VOCAB) == token
+            goes_on = tl.load(keys_ptr + start * SEGMENT, start * SEGMENT < n_rows, other=VOCAB).to(tl.int32) == token
         total += tl.sum(sums, 0)
         at = gradient_ptr + token.to(tl.int64) * WIDTH + cols
         tl.store(at, tl.load(at, cols < WIDTH, other=0.0) + total, cols < WIDTH)

@@ -395,7 +395,7 @@ def test_the_registered_ops_keep_pytorchs_rules(with_first_key):
     torch.library.opcheck(ops.attention.default, (q, k, v, first_key), test_utils=checks)
     q, k, v = (x.detach() for x in (q, k, v))
     o, lse = ops.attention(q, k, v, first_key)
-    torch.library.opcheck(ops.attention_backward.default, (torch.ones_like(o), q, k, v, o, lse, first_key))
+    torch.library.opcheck(ops.attention_backward.default, (torch.ones_like(o), q, k, v, o, lse, first_key, None, None))
 
 
 def test_the_saved_log_sum_exp_is_that_of_the_scaled_scores_in_base_2():
@@ -416,13 +416,14 @@ def zeros(*shape, **options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": zeros(2, 9, 32)}, "q must have 4 dimensions"),
+        ({"q": zeros(2, 9, 32)}, r"q has shape \(2, 9, 32\), wanted \(B, T, H, D\)"),
         ({"k": zeros(2, 9, 3, 16), "v": zeros(2, 9, 3, 16)}, "q has 4 heads, .* the 3 heads"),
-        ({"v": zeros(2, 9, 1, 16)}, r"v has shape \(2, 9, 1, 16\), k has"),
-        ({"k": zeros(2, 9, 2, 16, dtype=BF16)}, r"k is torch\.bfloat16"),
-        ({"q": zeros(2, 9, 4, 16, dtype=torch.float64)}, r"q has dtype torch\.float64, wanted one of torch\.float32"),
+        ({"v": zeros(2, 9, 1, 16)}, r"v has shape \(2, 9, 1, 16\), wanted \(2, 9, 2, 16\)"),
+        ({"k": zeros(2, 9, 2, 16, dtype=BF16)}, r"k has dtype torch\.bfloat16, wanted torch\.float32"),
+        ({"q": zeros(2, 9, 4, 16, dtype=torch.float64)}, r"q has dtype torch\.float64, wanted torch\.float32 or"),
         ({"first_key": zeros(2, 9, dtype=torch.int64)}, r"first_key has dtype torch\.int64, wanted torch\.int32"),
         ({"first_key": zeros(2, 9, dtype=torch.int32, device="meta")}, "first_key is on meta"),
+        ({"v": [0.0]}, "v is a list, wanted a tensor"),
     ],
 )
 def test_bad_input_is_refused_before_any_launch(change, message):

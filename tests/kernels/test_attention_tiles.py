@@ -49,19 +49,19 @@ def test_a_target_that_has_room_gets_the_tables_tile():
 
 
 def test_rows_that_are_not_multiples_of_16_bytes_come_in_blocks_of_64_at_most():
-    assert [tile_of("forward", head_dim, 2, TARGETS["sm_90"]).block_n for head_dim in (96, 100, 104)] == [128, 64, 128]
+    assert [tile_of("forward", head_dim, 2, TARGETS["sm_90"]).block_n for head_dim in (136, 140, 144)] == [128, 64, 128]
 
 
 def test_a_group_is_split_only_where_multiprocessors_would_be_idle():
     def splits(batch, time, q_heads, k_heads):
-        launch = dkdv_launch(batch, time, q_heads, k_heads, 128, 2, target)
+        launch = dkdv_launch(batch, time, q_heads, k_heads, 160, 2, target)
         blocks = math.ceil(time / launch.tiles["BLOCK_N"])
         assert launch.grid == (blocks * batch * k_heads * launch.tiles["SPLITS"],)
         return launch.tiles["SPLITS"]
 
     target = TARGETS["sm_90"]
     assert target.multiprocessors == 132
-    assert TILES["dkdv"]["sm_90"][128].block_n == 128
+    assert TILES["dkdv"]["sm_90"][160].block_n == 128
     assert splits(4, 4096, 32, 8) == 1
     assert splits(1, 132 * 128, 8, 1) == 1
     assert splits(1, 131 * 128, 8, 1) == 2
