@@ -235,7 +235,9 @@ def _rms_norm_backward_kernel(
 
 
 def forward_launch(n_rows: int, width: int, target: Target) -> Launch:
-    """One tile a program; 16 elements a thread, 32 in rows of 8192, 64 on sm_100 (on 16 warps they spill there, on 8 by Triton 3.6)."""
+    """One tile a program; 16 elements a thread, 32 in rows of 8192, 64 of them on sm_100 (where they spill on 16 warps, and with
+    Triton 3.6 on 8).
+    """
     block_m, block_d = _tile(width, 2048)
     is_sm_100 = target.backend == "cuda" and target.arch >= 100
     warps = warps_for(block_m * block_d, 16, target, most=4 if block_d == 8192 and is_sm_100 else 8)
