@@ -67,13 +67,10 @@ def _linear_cross_entropy_softmax_kernel(
         # of exp(largest - new) and exp(z - new), with new the larger of both, one is 1.
         largest = tl.full([BLOCK_V], -3.0e38, tl.float32)
         total = tl.zeros([BLOCK_V], tl.float32)
-        following = tl.load(row_ptr + block, eviction_policy="evict_last")
         for start in range(0, VOCAB, BLOCK_V):
             cols = start + block
-            z = tl.where(cols < VOCAB, following.to(tl.float32), float("-inf"))
-            # One block ahead, so that memory works while this one is summed.
-            ahead = cols + BLOCK_V
-            following = tl.load(row_ptr + ahead, ahead < ROW_STRIDE, other=0.0, eviction_policy="evict_last")
+            z = tl.load(row_ptr + cols, cols < ROW_STRIDE, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            z = tl.where(cols < VOCAB, z, float("-inf"))
             smaller = tl.exp(-tl.abs(z - largest))
             total = tl.where(z > largest, total * smaller + 1.0, total + smaller)
             largest = tl.maximum(largest, z)
@@ -90,14 +87,13 @@ def _linear_cross_entropy_softmax_kernel(
             dz = tl.where(block == target, exponentials * inverse - scale, exponentials * inverse)
             tl.store(row_ptr + block, dz.to(row_ptr.dtype.element_ty), block < ROW_STRIDE)
         else:
-            following = tl.load(row_ptr + block, eviction_policy="evict_first")
             for start in range(0, VOCAB, BLOCK_V):
                 cols = start + block
-                z, ahead = following.to(tl.float32), cols + BLOCK_V
-                following = tl.load(row_ptr + ahead, ahead < ROW_STRIDE, other=0.0, eviction_policy="evict_first")
+                mask = cols < ROW_STRIDE
+                z = tl.load(row_ptr + cols, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 dz = tl.exp(z - row_largest) * inverse
                 dz = tl.where(cols == target, dz - scale, dz)
-                tl.store(row_ptr + cols, dz.to(row_ptr.dtype.element_ty), cols < ROW_STRIDE)
+                tl.store(row_ptr + cols, dz.to(row_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -182,17 +178,15 @@ IN_REGISTERS = 8192
 
 
 def softmax_launch(n_rows: int, vocab_size: int, target: Target) -> Launch:
-    """One program a row: all of it where it fits into registers, 16 columns a thread, else in blocks of 8192, 8 a thread.
+    """One program a row: all of it where it fits into registers, 16 columns a thread, else in blocks of 4096, 8 a thread.
 
-    8 columns a thread are one wide load. With 16 in a loop, maxima, sums and logits take 64 to 92 registers a thread, which
-    spills in float32 on sm_90. The blocks are as wide as they can be, so that one row is all that a multiprocessor works on: the
-    rows of all of them (13 MB at 50304 columns of two bytes on 132, 40 MB if each had three) are still in the cache when
-    they are read again.
+    8 columns a thread are one wide load. With 16 in a loop, maxima, sums and logits take 64 to 92 registers a thread, which leaves
+    room for one program on a multiprocessor of sm_100 and spills in float32 on sm_90.
     """
     if vocab_size <= IN_REGISTERS:
         block_v = max(16, next_power_of_2(vocab_size))  # rows are padded to a multiple of 16
         return Launch((n_rows,), {"BLOCK_V": block_v}, warps_for(block_v, 16, target))
-    return Launch((n_rows,), {"BLOCK_V": 8192}, warps_for(8192, 8, target, most=32))
+    return Launch((n_rows,), {"BLOCK_V": 4096}, warps_for(4096, 8, target))
 
 
 def reduce_launch(n_rows: int, target: Target) -> Launch:

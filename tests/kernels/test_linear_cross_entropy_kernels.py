@@ -68,7 +68,7 @@ def test_a_program_of_the_softmax_has_a_row_in_registers_or_in_blocks_that_fit_t
     for v in (8193, 50257, 128256):
         launch = softmax_launch(300, v, TARGETS["sm_90"])
         assert launch.tiles["BLOCK_V"] == 8 * 32 * launch.num_warps
-    assert softmax_launch(300, 128256, TARGETS["gfx942"]).num_warps == 16  # of 64 threads
+    assert softmax_launch(300, 128256, TARGETS["gfx942"]).num_warps == 8  # of 64 threads
 
 
 def test_the_registered_op_keeps_pytorchs_rules():
