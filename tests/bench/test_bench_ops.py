@@ -254,7 +254,9 @@ def test_the_report_finds_the_figures_it_is_about(console, monkeypatch, uncompil
         timing["peak_memory"] = 2**30
     standings = Standings([Result(Path("x.json"), result)])
     heads = standings.loss_heads("CPU")
-    assert {"eager", "compiled", "F.linear_cross_entropy", "triton"} <= set(heads)
+    absent = set(result["absent"])  # torch 2.11 has no F.linear_cross_entropy
+    assert {"eager", "compiled", "F.linear_cross_entropy", "triton"} - absent <= set(heads)
+    assert not {"eager", "compiled", "triton"} & absent
     assert heads["triton"]["memory_of_eager"] == 1
     assert {"tflops", "vs_best", "us"} <= set(standings.op("CPU", "linear_cross_entropy", "smoke", "both"))
 
