@@ -263,9 +263,16 @@ def _tile(width: int, elements: int) -> tuple[int, int]:
     return max(1, elements // block_d), block_d
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, summed (empty without a residual) and rstd."""
-    y, summed, rstd = _forward_outputs(x, residual)
+def _forward_outputs(x, residual, weight, eps):
+    """Unwritten y, summed (empty without a residual) and rstd."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = y.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    return y, summed, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+@register_op(fake=_forward_outputs)
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, summed, rstd = _forward_outputs(x, residual, weight, eps)
     rows = dense_rows(x)
     residual_rows = rows if residual is None else dense_rows(residual)
     n_rows, width = rows.shape[0], int(rows.shape[1])
@@ -286,32 +293,6 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
                 **launch.options,
             )
     return y, summed, rstd
-
-
-def _forward_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = y.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    return y, summed, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-
-
-def _fake_rms_norm(x, weight, eps):
-    y, _, rstd = _forward_outputs(x, None)
-    return y, rstd
-
-
-@register_op(fake=_fake_rms_norm)
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, rstd = _forward(x, None, weight, eps)
-    return y, rstd
-
-
-def _fake_add_rms_norm(x, residual, weight, eps):
-    return _forward_outputs(x, residual)
-
-
-@register_op(fake=_fake_add_rms_norm)
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, residual, weight, eps)
 
 
 def _backward_outputs(dy, dsummed, summed, weight, rstd, want_dx, want_dresidual, want_dweight):
@@ -364,36 +345,18 @@ def _rms_norm_backward(
 # ------------------------------------------------------------------------------------------------------------- autograd
 
 
-def _save_rms_norm(ctx, inputs, output):
-    x, weight, _ = inputs
-    _, rstd = output
-    ctx.save_for_backward(x, weight, rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_rms_norm(ctx, dy, _):
-    x, weight, rstd = ctx.saved_tensors
-    want_dx, want_dweight, _ = ctx.needs_input_grad
-    if dy is None:
-        return None, None, None
-    dx, _, dweight = _rms_norm_backward(dy, None, x, weight, rstd, want_dx, False, want_dweight)
-    return dx if want_dx else None, dweight if want_dweight else None, None
-
-
-_rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_save_rms_norm)
-
-
-def _save_add_rms_norm(ctx, inputs, output):
-    x, _, weight, _ = inputs
+def _save(ctx, inputs, output):
+    x, residual, weight, _ = inputs
     _, summed, rstd = output
-    ctx.save_for_backward(summed, weight, rstd)
-    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(x if residual is None else summed, weight, rstd)
+    ctx.x_dtype, ctx.has_sum = x.dtype, residual is not None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_add_rms_norm(ctx, dy, dsummed, _):
+def _differentiate(ctx, dy, dsummed, _):
     summed, weight, rstd = ctx.saved_tensors
     want_dx, want_dresidual, want_dweight, _ = ctx.needs_input_grad
+    dsummed = dsummed if ctx.has_sum else None  # of no elements, where some tracer gives it
     dweight = None
     if dy is None:
         dx = dresidual = dsummed
@@ -416,7 +379,7 @@ def _differentiate_add_rms_norm(ctx, dy, dsummed, _):
     return dx if want_dx else None, dresidual if want_dresidual else None, dweight if want_dweight else None, None
 
 
-_add_rms_norm.register_autograd(_differentiate_add_rms_norm, setup_context=_save_add_rms_norm)
+_rms_norm.register_autograd(_differentiate, setup_context=_save)
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -426,12 +389,12 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_torch` by Triton kernels, but for float64."""
     _check("rms_norm", x, None, weight, KERNEL_DTYPES)
     check_usable("rms_norm", x.device)
-    return _rms_norm(x, weight, float(eps))[0]
+    return _rms_norm(x, None, weight, float(eps))[0]
 
 
 def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_torch` by Triton kernels, but for float64."""
     _check("add_rms_norm", x, residual, weight, KERNEL_DTYPES)
     check_usable("add_rms_norm", x.device)
-    y, summed, _ = _add_rms_norm(x, residual, weight, float(eps))
+    y, summed, _ = _rms_norm(x, residual, weight, float(eps))
     return y, summed

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention.tiles import dot
+from kernels.attention.rows import dot
 from kernels.launch import ceil_div, next_power_of_2, tl, triton, wrap_triton
 
 # One tile for all steps, the one that kernels/attention/tiles.py has for a head dim of 64 on sm_90.

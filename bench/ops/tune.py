@@ -2,7 +2,7 @@
 
 Per size and kernel (forward, dq, dkdv) every tile of a grid is tried in place of the table's: it must fit the GPU's shared memory,
 compile, spill no register and compute what the table's tile computes. The fastest is then timed against the table's in
-turns, and kept if it is still ahead. What is printed is to be pasted into `TILES` of kernels/attention_tiles.py by whoever
+turns, and kept if it is still ahead. What is printed is to be pasted into `TILES` of kernels/attention/tiles.py by whoever
 believes it; nothing here runs when a model does.
 """
 

@@ -10,22 +10,19 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention.tiles import (
+from kernels.attention.rows import (
     add_weighted,
     block_and_head,
-    dense_heads,
     dot_rows,
-    head_tiles,
-    heads_in_cache,
     inner_rows,
-    key_blocks,
     load_rows,
     scale_rows,
     store_rotated_back,
     store_rows,
-    tile_of,
+    visible_key_blocks,
     zero_rows,
 )
+from kernels.attention.tiles import dense_heads, head_tiles, heads_in_cache, tile_of
 from kernels.launch import (
     Launch,
     Target,
@@ -106,7 +103,7 @@ def _attention_dq_kernel(
     lse = tl.load(lse_ptr + rows, rows < n_times, other=0.0)
     dq = zero_rows(BLOCK_M, BLOCK_D, BLOCK_D2)
 
-    start, n_left, n_causal, n_blocks = key_blocks(first_key_ptr, first_row, n_times, BLOCK_M, BLOCK_N)
+    start, n_left, n_causal, n_blocks = visible_key_blocks(first_key_ptr, first_row, n_times, BLOCK_M, BLOCK_N)
     n_full = n_causal - n_left
     # fmt: off
     for i in range(n_left, n_causal):
@@ -374,9 +371,9 @@ def _attention_backward(
         ends = None
         if first_key is not None:
             block_n = dkdv_tiles.tiles["BLOCK_N"]
-            key_blocks = ceil_div(time, block_n)
-            ends = torch.empty((2, batch, key_blocks), dtype=torch.int32, device=q.device)
-            wrap_triton(_attention_count_queries_kernel)[(batch * key_blocks,)](
+            n_key_blocks = ceil_div(time, block_n)
+            ends = torch.empty((2, batch, n_key_blocks), dtype=torch.int32, device=q.device)
+            wrap_triton(_attention_count_queries_kernel)[(batch * n_key_blocks,)](
                 first_key_ptr=first_key,
                 ends_ptr=ends,
                 n_batches=batch,

@@ -5,20 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention.tiles import (
+from kernels.attention.rows import (
     add_weighted,
     block_and_head,
-    dense_heads,
     dot_rows,
-    head_tiles,
-    heads_in_cache,
-    key_blocks,
     load_rows,
     scale_rows,
     store_rows,
-    tile_of,
+    visible_key_blocks,
     zero_rows,
 )
+from kernels.attention.tiles import dense_heads, head_tiles, heads_in_cache, tile_of
 from kernels.launch import (
     Launch,
     Target,
@@ -97,7 +94,7 @@ def _attention_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
 
-    start, n_left, n_causal, n_blocks = key_blocks(first_key_ptr, first_row, n_times, BLOCK_M, BLOCK_N)
+    start, n_left, n_causal, n_blocks = visible_key_blocks(first_key_ptr, first_row, n_times, BLOCK_M, BLOCK_N)
     n_full = n_causal - n_left
     # fmt: off
     for i in range(n_left, n_causal):

@@ -352,7 +352,7 @@ def _fake_confirmed(dhidden, upstream, scale) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- autograd
 
 
-class LossHead(torch.autograd.Function):
+class TritonLossHead(torch.autograd.Function):
     """The loss by `_loss_head`, with gradients for hidden and weight where wanted."""
 
     @staticmethod

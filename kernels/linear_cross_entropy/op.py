@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import KERNEL_DTYPES, REFERENCE_DTYPES, check_first_derivative, check_usable
-from kernels.linear_cross_entropy.chunked import LossHead, chunk_rows
+from kernels.linear_cross_entropy.chunked import TritonLossHead, chunk_rows
 
 REDUCTIONS = ("mean", "sum")
 
@@ -80,11 +80,11 @@ def linear_cross_entropy_torch(
     """
     _check(hidden, weight, targets, reduction, compute_weight, gradient_sum, scale, REFERENCE_DTYPES)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss_sum, count = _LossHead.apply(hidden, weight, targets, ignore_index, compute_weight, needs_grad)
+    loss_sum, count = _TorchLossHead.apply(hidden, weight, targets, ignore_index, compute_weight, needs_grad)
     return loss_sum / count.clamp(min=1) if reduction == "mean" else loss_sum
 
 
-class _LossHead(torch.autograd.Function):
+class _TorchLossHead(torch.autograd.Function):
     """Sum of the losses and the number of targets that count; the mean is taken outside, where autograd scales for us."""
 
     @staticmethod
@@ -221,4 +221,4 @@ def linear_cross_entropy_triton(
     if scale is None or not want_dweight:
         gradient_sum = None
     tensors = (hidden, weight, targets, compute_weight, gradient_sum, scale)
-    return LossHead.apply(*tensors, ignore_index, reduction == "mean", want_dhidden, want_dweight)
+    return TritonLossHead.apply(*tensors, ignore_index, reduction == "mean", want_dhidden, want_dweight)

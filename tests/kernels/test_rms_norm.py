@@ -267,9 +267,9 @@ def test_the_registered_ops_keep_pytorchs_rules():
     ops = torch.ops.triton_llama
     x, residual, weight = case(2)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.rms_norm.default, (x, weight, EPS), test_utils=checks)
-    torch.library.opcheck(ops.add_rms_norm.default, (x, residual, weight, EPS), test_utils=checks)
-    _, summed, rstd = (t.detach() for t in ops.add_rms_norm(x, residual, weight, EPS))
+    for added in (None, residual):
+        torch.library.opcheck(ops.rms_norm.default, (x, added, weight, EPS), test_utils=checks)
+    _, summed, rstd = (t.detach() for t in ops.rms_norm(x, residual, weight, EPS))
     for wants in ((True, False, True), (False, False, True), (True, True, False)):
         arguments = (x.detach(), residual.detach(), summed, weight.detach(), rstd, *wants)
         torch.library.opcheck(ops.rms_norm_backward.default, arguments)
