@@ -23,7 +23,8 @@ class Weight(nn.Module):
         compute_weight: (out, in) in the compute dtype, what the forward pass reads: a copy that `Llama.refresh_compute_weights`
             writes and that is not saved with the model. None in float32, and where the weight is read as it is.
         gradient_sum: (out, in) float32, where a trainer sums the gradients of a step, `weight.grad`'s memory; what
-            computes the gradient may add it there in autograd's stead. None where there is no trainer.
+            computes the gradient may add it there in autograd's stead, in the passes of a trainer and in no other: only a
+            trainer keeps `weight.grad` where it is. None where there is no trainer.
     """
 
     def __init__(self, out_features: int, in_features: int, copy_dtype: torch.dtype):
@@ -48,14 +49,14 @@ class Weight(nn.Module):
 
 
 class Linear(Weight):
-    """A map (..., in) -> (..., out) without a bias. In half precision its gradient goes to `gradient_sum`, if that is bound."""
+    """A map (..., in) -> (..., out) without a bias. In half precision a trainer's pass adds its gradient to `gradient_sum`."""
 
     def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype):
         super().__init__(out_features, in_features, compute_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) of the compute dtype to (..., out)."""
-        return linear(x, self.weight, self.compute_weight, self.gradient_sum)
+    def forward(self, x: Tensor, to_sum: bool = False) -> Tensor:
+        """(..., in) of the compute dtype to (..., out). to_sum: the gradient may go to `gradient_sum`, past autograd."""
+        return linear(x, self.weight, self.compute_weight, self.gradient_sum if to_sum else None)
 
 
 class Embedding(Weight):

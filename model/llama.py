@@ -36,14 +36,16 @@ class Layer(nn.Module):
         self.w_gate_up = Linear(config.dim, 2 * config.hidden_dim, compute_dtype)
         self.w_down = Linear(config.hidden_dim, config.dim, compute_dtype)
 
-    def attend(self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None) -> Tensor:
-        """The attention branch, (B, T, dim) -> (B, T, dim)."""
-        o = ops.rope_attention(self.wqkv(y), cos, sin, self.n_heads, self.n_kv_heads, first_key)
-        return self.wo(o.flatten(-2))
+    def attend(
+        self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None, to_sum: bool = False
+    ) -> Tensor:
+        """The attention branch, (B, T, dim) -> (B, T, dim). to_sum: as in `Linear`."""
+        o = ops.rope_attention(self.wqkv(y, to_sum), cos, sin, self.n_heads, self.n_kv_heads, first_key)
+        return self.wo(o.flatten(-2), to_sum)
 
-    def feed_forward(self, ops: Ops, y: Tensor) -> Tensor:
-        """The SwiGLU branch, (B, T, dim) -> (B, T, dim)."""
-        return self.w_down(ops.swiglu(self.w_gate_up(y)))
+    def feed_forward(self, ops: Ops, y: Tensor, to_sum: bool = False) -> Tensor:
+        """The SwiGLU branch, (B, T, dim) -> (B, T, dim). to_sum: as in `Linear`."""
+        return self.w_down(ops.swiglu(self.w_gate_up(y, to_sum)), to_sum)
 
 
 class Llama(nn.Module):
@@ -127,10 +129,12 @@ class Llama(nn.Module):
         tokens: (B, T) int64, T at most max_seq_len. targets: (B, T) int64, -100 where a position does not count.
         first_key: (B, T) int32, the first token each token may see (packed documents, windows); None: all before it.
         reduction: "mean" over targets that count, or "sum". scale: 0-d float32, the very tensor with which the loss's `backward`
-        will be called, once, where that is known by now: the loss head then scales its gradients where they are made.
+        will be called, once, where that is known by now: the loss head then scales its gradients where they are made. With
+            it the pass is a trainer's, and gradients may go to the sums that a trainer has bound. Without it autograd gets all.
         Returns a 0-d float32 loss in nats, or logits (B, T, V) float32.
         """
-        hidden, head = self.hidden(tokens, first_key), self.output
+        to_sum = scale is not None
+        hidden, head = self.hidden(tokens, first_key, to_sum), self.output
         if targets is None:
             return linear(hidden, head.weight, head.compute_weight).float()
         if targets.shape != tokens.shape:
@@ -143,12 +147,12 @@ class Llama(nn.Module):
             targets.flatten(),
             reduction=reduction,
             compute_weight=head.compute_weight,
-            gradient_sum=head.gradient_sum,
+            gradient_sum=head.gradient_sum if to_sum else None,
             scale=scale,
         )
 
-    def hidden(self, tokens: Tensor, first_key: Tensor | None = None) -> Tensor:
-        """The final norm's output (B, T, dim), which the output head reads."""
+    def hidden(self, tokens: Tensor, first_key: Tensor | None = None, to_sum: bool = False) -> Tensor:
+        """The final norm's output (B, T, dim), which the output head reads. to_sum: as in `Linear`."""
         config, ops = self.config, self.ops
         if tokens.ndim != 2 or tokens.shape[1] > config.max_seq_len:
             raise ValueError(
@@ -156,17 +160,18 @@ class Llama(nn.Module):
             )
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         embedding = self.embedding
+        gradient_sum = embedding.looked_up_gradient_sum if to_sum else None
         residual = ops[-1].embedding(
-            tokens, embedding.weight, self.compute_dtype, embedding.compute_weight, embedding.looked_up_gradient_sum
+            tokens, embedding.weight, self.compute_dtype, embedding.compute_weight, gradient_sum
         )
         residual = self._dropout(residual)
         y = ops[0].rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            branch = self._dropout(layer.attend(ops[i], y, cos, sin, first_key))
+            branch = self._dropout(layer.attend(ops[i], y, cos, sin, first_key, to_sum))
             y, residual = ops[i].add_rms_norm(branch, residual, layer.ffn_norm, config.norm_eps)
             # Added by the norm that opens the next layer (after the last one, the final norm), so with that one's ops.
-            branch = self._dropout(layer.feed_forward(ops[i], y))
+            branch = self._dropout(layer.feed_forward(ops[i], y, to_sum))
             y, residual = ops[i + 1].add_rms_norm(branch, residual, next_norm, config.norm_eps)
         return y
 

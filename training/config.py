@@ -252,7 +252,7 @@ def other_way(reason: str) -> str:
 def kernels_refused(config: TrainConfig, reason: str) -> UserError:
     """What to say where --kernels asks for kernels and, for this reason, none can run: the two ways on."""
     return UserError(
-        f"--kernels {config.kernels} asks for Triton kernels, and {reason}. Leave it off for plain PyTorch (--kernels none), "
+        f"--kernels {config.kernels} asks for Triton kernels, and {reason}. Say --kernels none for plain PyTorch, "
         f"or {other_way(reason)}"
     )
 

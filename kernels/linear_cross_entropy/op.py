@@ -156,6 +156,11 @@ def _check(
 ) -> None:
     """Raise ValueError, naming the argument, unless shapes, dtypes and devices are those of `linear_cross_entropy`."""
     op = "linear_cross_entropy"
+    given = {"compute_weight": compute_weight, "gradient_sum": gradient_sum, "scale": scale}
+    given = {name: x for name, x in given.items() if x is not None}
+    for name, x in {"hidden": hidden, "weight": weight, "targets": targets, **given}.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{op}: {name} is a {type(x).__name__}, wanted a tensor")
     if hidden.ndim != 2:
         raise ValueError(f"{op}: hidden must have shape (N, D), got {tuple(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
@@ -174,22 +179,17 @@ def _check(
         )
     if targets.dtype != torch.int64:
         raise ValueError(f"{op}: targets has dtype {targets.dtype}, wanted torch.int64")
-    tensors = {"weight": weight, "targets": targets}
-    if compute_weight is not None:
-        tensors["compute_weight"] = compute_weight
-        if compute_weight.shape != weight.shape or compute_weight.dtype != hidden.dtype:
-            raise ValueError(
-                f"{op}: compute_weight has shape {tuple(compute_weight.shape)} and dtype {compute_weight.dtype}, "
-                f"wanted weight's {tuple(weight.shape)} and hidden's {hidden.dtype}"
-            )
+    if compute_weight is not None and (compute_weight.shape != weight.shape or compute_weight.dtype != hidden.dtype):
+        raise ValueError(
+            f"{op}: compute_weight has shape {tuple(compute_weight.shape)} and dtype {compute_weight.dtype}, "
+            f"wanted weight's {tuple(weight.shape)} and hidden's {hidden.dtype}"
+        )
     for name, x, shape in (("gradient_sum", gradient_sum, weight.shape), ("scale", scale, ())):
-        if x is not None:
-            tensors[name] = x
-            if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
-                raise ValueError(
-                    f"{op}: {name} has shape {tuple(x.shape)} and dtype {x.dtype}, wanted {tuple(shape)} of torch.float32, dense"
-                )
-    for name, x in tensors.items():
+        if x is not None and (x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous()):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(x.shape)} and dtype {x.dtype}, wanted {tuple(shape)} of torch.float32, dense"
+            )
+    for name, x in {"weight": weight, "targets": targets, **given}.items():
         if x.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {x.device}, hidden is on {hidden.device}")
     if reduction not in REDUCTIONS:

@@ -326,6 +326,9 @@ def test_the_torch_twin_never_holds_the_logits_of_a_large_batch():
         ),
         ({"compute_weight": torch.zeros(4, 4)}, r"compute_weight has shape \(4, 4\) .*, wanted weight's \(5, 4\)"),
         ({"compute_weight": torch.zeros(5, 4, device="meta")}, "compute_weight is on meta, hidden is on cpu"),
+        ({"hidden": [[0.0]]}, "hidden is a list, wanted a tensor"),
+        ({"targets": [0, 1]}, "targets is a list, wanted a tensor"),
+        ({"scale": 0.5}, "scale is a float, wanted a tensor"),
         ({"reduction": "none"}, "reduction is 'none', wanted one of 'mean', 'sum'"),
     ],
 )

@@ -28,8 +28,9 @@ def gradients(compile_step, dtype, spec) -> dict[str, torch.Tensor]:
         trainer = make_trainer(dtype, spec)
     loss_sum = compile_step(trainer._loss_sum)
     ((tokens, targets, _),) = micro_batches(0, count=1, rows=2, length=16)
-    loss = loss_sum(tokens.contiguous().to(DEVICE), targets.contiguous().to(DEVICE), None)
-    loss.backward(torch.tensor(0.25, device=DEVICE))
+    scale = torch.tensor(0.25, device=DEVICE)  # known before the forward pass, as in every step of a trainer
+    loss = loss_sum(tokens.contiguous().to(DEVICE), targets.contiguous().to(DEVICE), None, scale)
+    loss.backward(scale)
     flat = trainer.flat
     return {name: flat.view(flat.gradients, name).clone() for name, _ in trainer.model.named_parameters()}
 

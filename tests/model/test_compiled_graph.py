@@ -78,7 +78,7 @@ for case in ("plain documents", "packed documents"):
     tokens, targets = (torch.zeros(4, 32, dtype=torch.int64) for _ in range(2))
     first_key = torch.zeros(4, 32, dtype=torch.int32) if case == "packed documents" else None
     try:
-        step(tokens, targets, first_key)
+        step(tokens, targets, first_key, torch.ones(()))  # with a scale, as a trainer calls it
     except Seen as seen:
         found[case] = seen.args[0]
 print(json.dumps(found))

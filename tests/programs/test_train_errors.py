@@ -21,7 +21,7 @@ BEFORE_TORCH = [
     ("--dim 120", 2, "odd head dim, 15"),
     ("--vocab-size 255", 2, "--vocab-size is 255; it must be from 256"),
     ("--kernels foo", 2, "unknown switch 'foo'; allowed: all, none"),
-    ("--kernels all --device cpu", 2, "Leave it off for plain PyTorch (--kernels none), or set TRITON_INTERPRET=1"),
+    ("--kernels all --device cpu", 2, "Say --kernels none for plain PyTorch, or set TRITON_INTERPRET=1"),
     ("--optimizer fused-adamw", 2, "--optimizer fused-adamw is now --kernels adamw"),
     ("--config nowhere.toml", 2, "nowhere.toml could not be read: No such file"),
     ("--init-from resume --out-dir nowhere", 2, "there is no checkpoint 'last' in nowhere, which is no folder"),

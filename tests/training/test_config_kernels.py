@@ -90,7 +90,7 @@ def test_kernels_that_cannot_run_are_refused_with_the_two_ways_on(words, fused, 
     options = [*fused, f"--kernels={words}", f"--device={device}"]
     reason = "no GPU was found" if device == "auto" else "--device is cpu"
     assert error(*options) == (
-        f"--kernels {words} asks for Triton kernels, and {reason}. Leave it off for plain PyTorch (--kernels none), "
+        f"--kernels {words} asks for Triton kernels, and {reason}. Say --kernels none for plain PyTorch, "
         f"or {INTERPRETER}"
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -99,7 +99,7 @@ def test_kernels_that_cannot_run_are_refused_with_the_two_ways_on(words, fused, 
 
 def test_kernels_where_torch_finds_no_gpu_are_refused_too():
     """A driver without a GPU that torch can use: seen only after torch is imported."""
-    with pytest.raises(UserError, match=r"^--kernels all asks .* no GPU was found\. Leave it off .*TRITON_INTERPRET=1"):
+    with pytest.raises(UserError, match=r"^--kernels all asks .* no GPU was found\. Say --kernels none .*TRITON_INTERPRET=1"):
         resolve_device(TrainConfig(kernels="all"))
 
 
@@ -131,7 +131,7 @@ def test_without_triton_nothing_helps_but_to_install_it(no_triton, interpreted, 
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(config_module, "gpu_visible", lambda: True)
     found = error("--kernels=all")
-    assert "Triton is not installed. Leave it off for plain PyTorch (--kernels none), or install Triton" in found
+    assert "Triton is not installed. Say --kernels none for plain PyTorch, or install Triton" in found
     assert "TRITON_INTERPRET" not in found
     running, note = resolve_kernels(parse(["--fused"]), GPU)
     assert not running.uses_triton()

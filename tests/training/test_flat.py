@@ -7,6 +7,7 @@ import torch
 import kernels
 from model import Llama
 from model.config import LlamaConfig
+from tests.support import kernel_testing as kt
 from tests.support.step_testing import TINY
 from training.step.flat import ALIGNMENT, FlatParameters
 
@@ -82,12 +83,33 @@ def test_products_add_to_the_gradients_what_autograd_would(dtype, compiled):
     alone.load_state_dict(model.state_dict())
     alone.refresh_compute_weights()
     tokens = torch.randint(300, (2, 8))
+    scale = torch.tensor(0.5)  # with one the pass is a trainer's
     function = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     for _ in range(2):
-        function(tokens, tokens).backward()
-        alone(tokens, tokens).backward()
+        function(tokens, tokens, scale=scale).backward(scale)
+        alone(tokens, tokens).backward(scale)
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_a_scale_autograd_gets_every_gradient_and_the_flat_ones_are_left_alone(dtype, tied):
+    """After `zero_grad()`, or in `torch.autograd.grad`, what was bound is no parameter's gradient."""
+    model, _, flat = make(dtype, tie_embeddings=tied)
+    model.ops = kernels.select("all", 2) if dtype == torch.float32 and kt.DEVICE == "cpu" else model.ops
+    alone = deepcopy(model)
+    tokens = torch.randint(300, (2, 8))
+    alone.zero_grad()
+    alone(tokens, tokens).backward()
+    found = torch.autograd.grad(model(tokens, tokens), list(model.parameters()))
+    loss = model(tokens, tokens)
+    model.zero_grad()
+    loss.backward()
+    for (name, p), q, gradient in zip(model.named_parameters(), alone.parameters(), found, strict=True):
+        assert torch.equal(p.grad, q.grad), name
+        assert torch.equal(gradient, q.grad), name
+    assert not flat.gradients.any()
 
 
 @pytest.mark.parametrize(
