@@ -99,7 +99,9 @@ def test_kernels_that_cannot_run_are_refused_with_the_two_ways_on(words, fused, 
 
 def test_kernels_where_torch_finds_no_gpu_are_refused_too():
     """A driver without a GPU that torch can use: seen only after torch is imported."""
-    with pytest.raises(UserError, match=r"^--kernels all asks .* no GPU was found\. Say --kernels none .*TRITON_INTERPRET=1"):
+    with pytest.raises(
+        UserError, match=r"^--kernels all asks .* no GPU was found\. Say --kernels none .*TRITON_INTERPRET=1"
+    ):
         resolve_device(TrainConfig(kernels="all"))
 
 
