@@ -68,7 +68,9 @@ def test_the_last_step_is_nearly_ours(built):
     for ladder in ("rms_norm", "attention"):
         last, ours = built["ladders"][ladder][-2:]
         assert last["instructions"] == pytest.approx(ours["instructions"], rel=0.2)
-        assert (last["load"], last["resident"]) == (ours["load"], ours["resident"])
+        assert last["load"] == ours["load"]
+        if ladder == "rms_norm":  # attention's tile is one that a GPU timed: smaller than the ladder's
+            assert last["resident"] == ours["resident"]
 
 
 def test_a_table_is_written_between_its_marks():
