@@ -28,9 +28,9 @@ test: setup lint  ## lint, then every test but the slow ones
 test-slow: setup  ## the slow tests
 	OMP_NUM_THREADS=1 $(RUN) $(TESTS) slow
 
-test-oldest: setup-oldest  ## what test runs, with the oldest versions that pyproject.toml allows, and their machine code
+test-oldest: setup-oldest  ## what test runs, with the oldest versions that pyproject.toml allows, and their machine code for sm_90
 	OMP_NUM_THREADS=1 $(RUN_OLDEST) $(TESTS) "not slow"
-	$(RUN_OLDEST) -m bench.machine_code
+	$(RUN_OLDEST) -m bench.machine_code --arch sm_90
 
 lint: setup  ## ruff, the floors that imports may not climb, mypy
 	$(RUN) -m ruff check .
