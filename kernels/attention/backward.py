@@ -1,4 +1,4 @@
-"""Attention's backward kernels: dQ and delta in one launch, dK and dV in the next. The mathematics is in attention.py.
+"""Attention's backward kernels: dQ and delta in one launch, dK and dV in the next. The mathematics is in op.py.
 
 Each program adds up a gradient of its own in registers and stores it once, so there are no atomics. That costs two matrix
 products of seven: both kernels compute the weights and their gradients. One launch for both would need the registers of

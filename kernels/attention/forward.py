@@ -1,4 +1,4 @@
-"""Attention's forward kernel: online softmax over the visible blocks of keys. The mathematics is in attention.py."""
+"""Attention's forward kernel: online softmax over the visible blocks of keys. The mathematics is in op.py."""
 
 import math
 
