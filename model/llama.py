@@ -1,15 +1,17 @@
 """Llama 3: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases (https://arxiv.org/abs/2407.21783).
 
-The residual stream r is in the compute dtype. Each norm but the first takes in the branch before it, in one op:
+The residual stream r is in the compute dtype. Each norm but the first takes in the branch b before it, in one op:
 
-    r = embedding(tokens)                        y = rms_norm(r)
-    layer:  a = attention(rope(wqkv y))          y, r = add_rms_norm(wo a, r)
-            f = swiglu(w_gate_up y)              y, r = add_rms_norm(w_down f, r)     (of the next layer, or the final norm)
-    loss = linear_cross_entropy(y, head)
+    r = embedding(tokens)
+    layer:  y, r = add_rms_norm(b, r)            b = wo attention(rope(wqkv y))       (the first layer: y = rms_norm(r))
+            y, r = add_rms_norm(b, r)            b = w_down swiglu(w_gate_up y)
+    y, _ = add_rms_norm(b, r)                    loss = linear_cross_entropy(y, head)
+
+A layer reads no parameters but its own and is called as a module: what gathers, frees or recomputes a layer hooks in there.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +31,36 @@ class Layer(nn.Module):
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.norm_eps, self.dropout = config.norm_eps, config.dropout
         self.attention_norm = nn.Parameter(torch.ones(config.dim))
         self.wqkv = Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, compute_dtype)
         self.wo = Linear(config.dim, config.dim, compute_dtype)
         self.ffn_norm = nn.Parameter(torch.ones(config.dim))
         self.w_gate_up = Linear(config.dim, 2 * config.hidden_dim, compute_dtype)
         self.w_down = Linear(config.hidden_dim, config.dim, compute_dtype)
+
+    def forward(
+        self,
+        ops: Ops,
+        branch: Tensor | None,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        first_key: Tensor | None = None,
+        to_sum: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The feed-forward branch, and the residual stream that it has yet to be added to: (B, T, dim) each.
+
+        ops: of this layer. branch: of the layer before, which the norm that opens this one adds to residual; None in the first.
+        cos, sin: (T, head_dim / 2) float32. first_key: as in `Llama.forward`. to_sum: as in `Linear`.
+        """
+        if branch is None:
+            y = ops.rms_norm(residual, self.attention_norm, self.norm_eps)
+        else:
+            y, residual = ops.add_rms_norm(branch, residual, self.attention_norm, self.norm_eps)
+        branch = self._dropped(self.attend(ops, y, cos, sin, first_key, to_sum))
+        y, residual = ops.add_rms_norm(branch, residual, self.ffn_norm, self.norm_eps)
+        return self._dropped(self.feed_forward(ops, y, to_sum)), residual
 
     def attend(
         self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None, to_sum: bool = False
@@ -46,6 +72,9 @@ class Layer(nn.Module):
     def feed_forward(self, ops: Ops, y: Tensor, to_sum: bool = False) -> Tensor:
         """The SwiGLU branch, (B, T, dim) -> (B, T, dim). to_sum: as in `Linear`."""
         return self.w_down(ops.swiglu(self.w_gate_up(y, to_sum)), to_sum)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class Llama(nn.Module):
@@ -84,16 +113,23 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal with deviation 0.02; the two projections that write the residual stream by 1/sqrt(2 * n_layers) of that."""
+        """Start from `initial_values`."""
+        for name, value in self.initial_values():
+            self.get_parameter(name).copy_(value)
+        self.refresh_compute_weights()
+
+    def initial_values(self, device: torch.device | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The parameters' names and what each starts from, whole and float32 on the device, its own if none is given.
+
+        Norms are ones, matrices normal with deviation 0.02, the two that write the residual stream by 1/sqrt(2 * n_layers) of that.
+        Drawn one after another from the device's generator, so that whoever keeps a part of each has part of the same model.
+        """
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(
-                    parameter, std=residual_std if name.endswith(("wo.weight", "w_down.weight")) else INIT_STD
-                )
-        self.refresh_compute_weights()
+            value = torch.ones(parameter.shape, device=device or parameter.device)
+            if parameter.ndim > 1:
+                value.normal_(std=residual_std if name.endswith(("wo.weight", "w_down.weight")) else INIT_STD)
+            yield name, value
 
     def weights(self) -> dict[str, Weight]:
         """The matrices by the names of their parameters."""
@@ -164,16 +200,10 @@ class Llama(nn.Module):
         residual = ops[-1].embedding(
             tokens, embedding.weight, self.compute_dtype, embedding.compute_weight, gradient_sum
         )
-        residual = self._dropout(residual)
-        y = ops[0].rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
-        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
-        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            branch = self._dropout(layer.attend(ops[i], y, cos, sin, first_key, to_sum))
-            y, residual = ops[i].add_rms_norm(branch, residual, layer.ffn_norm, config.norm_eps)
-            # Added by the norm that opens the next layer (after the last one, the final norm), so with that one's ops.
-            branch = self._dropout(layer.feed_forward(ops[i], y, to_sum))
-            y, residual = ops[i + 1].add_rms_norm(branch, residual, next_norm, config.norm_eps)
+        if config.dropout:
+            residual = F.dropout(residual, config.dropout, self.training)
+        branch = None
+        for layer, its_ops in zip(self.layers, ops[:-1], strict=True):
+            branch, residual = layer(its_ops, branch, residual, cos, sin, first_key, to_sum)
+        y, _ = ops[-1].add_rms_norm(branch, residual, self.final_norm, config.norm_eps)
         return y
-
-    def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
