@@ -1,6 +1,7 @@
 """Train a Llama: `python train.py --help`. The loop of a run, read from top to bottom; its parts are in training/."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ def main() -> None:
     """Parse the command line and train. A user's mistake is one line on stderr and exit status 2."""
     with exit_statuses():
         config = parse(sys.argv[1:])
-        run_folder.check_writable(config.out_dir)
-        train(config)  # imports torch: --help and every mistake in the options have been answered by now
+        main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that writes
+        with run_folder.owned(config.out_dir) if main else contextlib.nullcontext():
+            train(config)  # imports torch: --help and every mistake in the options have been answered by now
 
 
 def train(config: TrainConfig) -> None:

@@ -1,13 +1,17 @@
 """What a run's folder holds. Imports no torch, so that `--init-from resume` and `--out-dir` are checked with the other options."""
 
+import contextlib
 import re
 import tempfile
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from training import folder_lock
 from training.errors import UserError
 
 STEP_FOLDER = re.compile(r"step-\d{8,}")
+LOCK = ".lock"
 RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "loss.png", "profile.json", "tensorboard", "wandb")
 """What a run writes into its folder beside its checkpoints."""
 
@@ -49,13 +53,24 @@ def pointed_at(out_dir: Path, pointer: str) -> str | None:
         return None
 
 
-def check_writable(out_dir: str | Path) -> None:
-    """Make a run's folder where there is none. UserError unless files can be written there."""
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as error:
-        raise _cannot_write(out_dir, error) from None
+@contextlib.contextmanager
+def owned(out_dir: str | Path) -> Iterator[None]:
+    """Keep every other run out of a run's folder, which is made where there is none, while the block runs.
+
+    UserError where another run owns it, or no files can be written there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out_dir).close()
+            stack.enter_context(folder_lock.held(Path(out_dir) / LOCK))
+        except folder_lock.HeldError as error:
+            raise UserError(
+                f"--out-dir {out_dir} is in use by another run: {error}; name another folder, or stop it"
+            ) from None
+        except OSError as error:
+            raise _cannot_write(out_dir, error) from None
+        yield
 
 
 def open_run(out_dir: str | Path, config_toml: str, *, resume: bool) -> str:

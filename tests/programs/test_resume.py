@@ -119,6 +119,7 @@ train.main()
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.fault("`kill -9`", "resumed, the run goes on from its last checkpoint, to the bit")
 def test_a_process_that_is_really_killed_is_continued_by_another(whole, tmp_path, text, compiled):
     uninterrupted = whole(compile=compiled)
     folder = tmp_path / "killed"

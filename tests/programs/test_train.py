@@ -198,6 +198,7 @@ def test_an_evaluation_alone_of_a_fresh_model_saves_nothing(run, tmp_path):
 # ------------------------------------------------------------------------------------------------------ nothing is lost
 
 
+@pytest.mark.fault("a new run in the folder of an earlier one", "the earlier one is moved to `earlier-1` inside, whole")
 def test_a_run_that_starts_in_a_used_folder_sets_the_earlier_one_aside(run, tmp_path):
     out_dir = tmp_path / "out"
     out_dir.mkdir()
@@ -271,6 +272,7 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(step.Trainer, "_loss_sum", poisoned)
 
 
+@pytest.mark.fault("the loss or the gradient of a step is not finite", "the step is skipped, shown and counted")
 def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(run, tmp_path, monkeypatch):
     poison(monkeypatch, {4, 5, 8})
     result = run()
@@ -282,6 +284,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(run, tmp_path, m
     assert state(tmp_path / "out" / "step-00000006")["skipped_in_a_row"] == 2
 
 
+@pytest.mark.fault(
+    "they stay so for `--max-skipped-steps` steps", "the run ends with status 1; the last good state is saved"
+)
 def test_too_many_in_a_row_end_the_run_with_a_reason_and_the_last_good_state(run, tmp_path, monkeypatch):
     poison(monkeypatch, {2, *range(5, 100)})
     result = run(max_skipped_steps=3, eval_interval=5, always_save_checkpoint=True)
@@ -313,6 +318,7 @@ def test_a_run_that_really_explodes_stops_by_itself(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.fault("SIGTERM or Ctrl-C", "the run is saved and ends with status 0")
 def test_a_signal_saves_and_ends_the_run_well(tmp_path, text, number):
     out_dir = tmp_path / "out"
     words = arguments(
@@ -372,6 +378,7 @@ def test_ctrl_c_while_processes_encode_leaves_no_trace(tmp_path):
     assert not list((tmp_path / "data").iterdir())
 
 
+@pytest.mark.fault("the reader of stdout goes away (`| head`)", "the run goes on; its files have everything")
 def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path, text):
     process = start("train.py", arguments(**TINY | text | {"out_dir": tmp_path / "out"}))
     process.stdout.readline()

@@ -124,12 +124,20 @@ def shard(run, tmp_path, text):
     return next((tmp_path / "data").glob("*/train-00000.bin")), lambda: run(**options)
 
 
+@pytest.mark.fault(
+    "a token shard is cut short or of another tokenizer",
+    "it is named, and which folder to delete so that it is made anew",
+)
 def test_a_truncated_shard_is_refused(shard):
     path, run = shard
     path.write_bytes(path.read_bytes()[:-2])
     refused(run(), r"train-00000\.bin is truncated or damaged: .*delete .* and they are made anew")
 
 
+@pytest.mark.fault(
+    "a token shard is cut short or of another tokenizer",
+    "it is named, and which folder to delete so that it is made anew",
+)
 def test_a_shard_of_another_tokenizer_is_refused(shard):
     path, run = shard
     raw = bytearray(path.read_bytes())

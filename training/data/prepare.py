@@ -14,10 +14,12 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from training import folder_lock
 from training.config import TrainConfig
 from training.data import shards
 from training.data.corpus import Corpus, Part, Split, open_corpus
@@ -58,7 +60,7 @@ def prepare(
     """Open a source as token shards, making them where `data_dir` does not hold them already.
 
     The shards depend on the source, its options, the tokenizer (or the vocabulary size to train one with) and the
-    format, and not on the number of workers. Processes may prepare one source at once: the first to finish is kept.
+    format, and not on the number of workers. Of processes that prepare one source at once the others wait for the first.
 
     Args:
         data: a source, as in `corpus.open_corpus`.
@@ -90,10 +92,16 @@ def prepare(
     if not folder.exists():
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
-            _build(folder, corpus, vocab_size, tokenizer, workers or _default_workers(), progress)
+            with folder_lock.held(data_dir / f".lock-{folder.name}", wait=partial(_say_who_prepares, folder)):
+                if not folder.exists():
+                    _build(folder, corpus, vocab_size, tokenizer, workers or _default_workers(), progress)
         except OSError as error:
             raise UserError(f"--data {data} can't be prepared in {data_dir}: {error}") from error
     return open_dataset(folder)
+
+
+def _say_who_prepares(folder: Path, holder: str) -> None:
+    print(f"waiting for another process, which prepares {folder}: {holder}", file=sys.stderr, flush=True)
 
 
 def _load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
