@@ -4,6 +4,8 @@ Here wqkv packs [q, k, v] and w_gate_up packs [gate, up]; there each is its own 
 sides, so nothing is permuted. A tied head is stored once, under the embedding's name.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -33,20 +35,22 @@ def names(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
 
 
 def unpack(config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of `Llama` by name (or anything of their shapes, such as an optimizer's moments) as canonical tensors."""
+    """Parameters of `Llama` by name, all or some (or what has their shapes, an optimizer's moments), as canonical tensors."""
     kv = config.n_kv_heads * config.head_dim
     rows = {"wqkv.weight": (config.dim, kv, kv), "w_gate_up.weight": (config.hidden_dim, config.hidden_dim)}
     canonical = {}
     for ours, theirs in names(config).items():
+        if ours not in tensors:
+            continue
         widths = next((widths for end, widths in rows.items() if ours.endswith(end)), None)
         parts = tensors[ours].split(widths) if widths else (tensors[ours],)
         canonical |= dict(zip(theirs, parts, strict=True))
     return canonical
 
 
-def pack(config: LlamaConfig, canonical: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `unpack`. Raises ValueError that lists what is missing and what does not belong."""
-    table = names(config)
+def pack(config: LlamaConfig, canonical: dict[str, Tensor], only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Inverse of `unpack`. only: the parameters wanted, if not all. ValueError that lists what is missing and what is unknown."""
+    table = {ours: theirs for ours, theirs in names(config).items() if only is None or ours in only}
     wanted = {name for theirs in table.values() for name in theirs}
     missing, unknown = sorted(wanted - canonical.keys()), sorted(canonical.keys() - wanted)
     if missing or unknown:

@@ -120,6 +120,8 @@ class TrainConfig(LlamaConfig):
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
+    momentum: float = 0.95
+    """Muon's momentum."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     max_skipped_steps: int = 20
@@ -138,8 +140,8 @@ class TrainConfig(LlamaConfig):
     """The whole fast path: every Triton kernel, and each step one CUDA graph. Where no kernel can run, plain PyTorch does."""
     kernels: str = ""
     """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,adamw; empty: plain PyTorch. Wins over --fused."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The method. Its Triton kernel is the switch adamw of --kernels."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """The method. muon: for the layers' matrices, with AdamW for the rest. AdamW's kernel is the switch adamw of --kernels."""
     capture: bool = True
     """With Triton kernels on a single GPU: run each step as one CUDA graph."""
     deterministic: bool = True
@@ -198,7 +200,7 @@ class TrainConfig(LlamaConfig):
             for name in names.split():
                 if getattr(self, name) < least:
                     raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least 0 and less than 1")
         if not 0 < self.val_fraction < 1:

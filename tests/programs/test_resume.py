@@ -93,6 +93,19 @@ def test_a_killed_run_resumes_to_the_bit(whole, tmp_path, monkeypatch, dtype):
         assert scales[0]["growth_tracker"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_killed_run_of_muon_resumes_to_the_bit(whole, tmp_path, dtype):
+    uninterrupted = whole(dtype=dtype, optimizer="muon")
+    folder = killed(uninterrupted, tmp_path / "killed")
+    result = resume(folder)
+    assert (result.status, result.err) == (0, "")
+    assert_equal_to_the_bit(folder, uninterrupted)
+    refused(
+        resume(folder, optimizer="adamw"),
+        r"--optimizer is adamw, and .*step-\d+ was trained with muon; their states differ",
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_killed_compiled_run_resumes_to_the_bit(whole, tmp_path, monkeypatch, dtype):

@@ -69,6 +69,10 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
     other_shape = _changed(config, former, SHAPE)
     if other_shape:
         raise UserError(f"--init-from resume: {saved.path} holds another model: {other_shape}")
+    if config.optimizer != former.optimizer:
+        raise UserError(
+            f"--optimizer is {config.optimizer}, and {saved.path} was trained with {former.optimizer}; their states differ"
+        )
     for key, found, what in (
         ("tokenizer_hash", dataset.tokenizer.hash, "tokenizer"),
         ("data_fingerprint", dataset.fingerprint, "text"),
@@ -87,9 +91,9 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
     model.refresh_compute_weights()
     tensors = saved.tensors("optimizer")
     moments = {}
-    for moment in optimizer.MOMENTS:
+    for moment, wanted in optimizer.moments(model, trainer.optimizer).items():
         named = {name.removeprefix(f"{moment}."): t for name, t in tensors.items() if name.startswith(f"{moment}.")}
-        moments[moment] = huggingface.pack(model.config, named)
+        moments[moment] = huggingface.pack(model.config, named, only=wanted)
     state = saved.state
     optimizer.restore(model, trainer.optimizer, moments, state["updates"])
     trainer.loss_scale.load_state_dict(state["loss_scale"])

@@ -4,6 +4,7 @@ What goes over all of them is then one pass over flat memory: the norm, the sum 
 nothing moves between steps, so that a captured CUDA graph finds everything where it was.
 """
 
+from collections.abc import Collection
 from math import prod
 
 import torch
@@ -21,24 +22,31 @@ class FlatParameters:
     The order: matrices that have a copy in the compute dtype, other matrices, vectors. So the copies are `values[: C]` rounded,
     element by element, and what weight decay acts on comes first. Gaps between parameters hold zeros and stay so.
 
+    leading: names of matrices that come before all others, as an optimizer of their own wants them.
+
     Attributes:
         values: (N,) float32, the parameters.
         gradients: (N,) float32, zeros at first; backward passes add to it.
         copies: (C,) of the compute dtype; None in float32, where there are none.
         n_decayed: the first n_decayed elements belong to matrices, the others to vectors.
+        n_leading: the first n_leading elements belong to the leading matrices.
         starts: where each parameter begins, by its name.
     """
 
-    def __init__(self, model: Llama):
+    def __init__(self, model: Llama, leading: Collection[str] = ()):
         self.model = model
         copies = model.compute_copies()
-        named = sorted(model.named_parameters(), key=lambda item: (item[0] not in copies, item[1].ndim < 2))
+        named = sorted(
+            model.named_parameters(),
+            key=lambda item: (item[0] not in copies, item[1].ndim < 2, item[0] not in leading),
+        )
         self.starts: dict[str, int] = {}
-        size = n_copied = self.n_decayed = 0
+        size = n_copied = self.n_decayed = self.n_leading = 0
         for name, parameter in named:
             self.starts[name] = size
             size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
             n_copied = size if name in copies else n_copied
+            self.n_leading = size if name in leading else self.n_leading
             self.n_decayed = size if parameter.ndim >= 2 else self.n_decayed
         like = named[0][1]
         self.values = torch.zeros(size, dtype=like.dtype, device=like.device)

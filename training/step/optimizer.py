@@ -1,4 +1,4 @@
-"""AdamW over the model's flat parameters, by torch or by one kernel, and the loss scale of float16."""
+"""The optimizers over the model's flat parameters, AdamW by torch or by one kernel, and the loss scale of float16."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from kernels.adamw import adamw_triton
 from model import Llama
 from training.config import TrainConfig
 from training.step.flat import FlatParameters
+from training.step.muon import Muon, matrices
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -16,16 +17,19 @@ class AdamW(torch.optim.AdamW):
 
     Nothing that it reads or writes ever moves, and `update` does not wait for the device.
 
+    start: element of the flat buffers at which its parameters begin; what is before them is another's.
+
     Attributes:
         lr: 0-d float32 on the device: the learning rate, to be filled before an update.
         exp_avg, exp_avg_sq: (N,) float32, the moments, laid out as `flat.values` is; `state` holds views of them.
     """
 
-    def __init__(self, flat: FlatParameters, config: TrainConfig):
-        self.flat = flat
+    def __init__(self, flat: FlatParameters, config: TrainConfig, start: int = 0):
+        self.flat, self.start = flat, start
         self.lr = torch.tensor(config.learning_rate, device=flat.values.device)
+        mine = ((name, p) for name, p in flat.model.named_parameters() if flat.starts[name] >= start)
         # A state dict numbers the parameters in the order of the groups below: matrices first.
-        named = dict(sorted(flat.model.named_parameters(), key=lambda item: item[1].ndim < 2))
+        named = dict(sorted(mine, key=lambda item: item[1].ndim < 2))
         groups = [
             {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
@@ -46,12 +50,12 @@ class AdamW(torch.optim.AdamW):
 
         factor: 0-d float32. skip: 0-d float32; 1 to leave everything but the gradients as it is, else 0.
         """
-        flat = self.flat
-        flat.gradients.mul_(factor)
+        flat, start = self.flat, self.start
+        flat.gradients[start:].mul_(factor)
         self.found_inf = skip  # torch's fused update looks for this attribute, and changes nothing where it is 1
         self.step()
         if flat.copies is not None:
-            flat.copies.copy_(flat.values[: flat.copies.numel()])
+            flat.copies[start:].copy_(flat.values[start : flat.copies.numel()])
 
     def state_dict(self) -> dict:
         """A copy of the state, of the form that `torch.optim.AdamW` has for the same two groups."""
@@ -91,8 +95,8 @@ class AdamW(torch.optim.AdamW):
 class FusedAdamW(AdamW):
     """The same by `kernels.adamw`: gradients are scaled, moments and parameters updated and copies written in one pass."""
 
-    def __init__(self, flat: FlatParameters, config: TrainConfig):
-        super().__init__(flat, config)
+    def __init__(self, flat: FlatParameters, config: TrainConfig, start: int = 0):
+        super().__init__(flat, config, start)
         self.count = torch.zeros_like(self.lr)  # updates made so far: one count, which all parameters share
         for state in self.state.values():
             state["step"] = self.count
@@ -100,23 +104,23 @@ class FusedAdamW(AdamW):
     @torch.no_grad()
     def update(self, factor: Tensor, skip: Tensor) -> None:
         """As `AdamW.update`, but the gradients stay as they are."""
-        flat, matrices = self.flat, self.param_groups[0]
-        beta1, beta2 = matrices["betas"]
+        flat, start, decayed = self.flat, self.start, self.param_groups[0]
+        beta1, beta2 = decayed["betas"]
         adamw_triton(
-            flat.values,
-            flat.gradients,
-            self.exp_avg,
-            self.exp_avg_sq,
-            flat.copies,
+            flat.values[start:],
+            flat.gradients[start:],
+            self.exp_avg[start:],
+            self.exp_avg_sq[start:],
+            None if flat.copies is None else flat.copies[start:],
             self.count,
             self.lr,
             factor,
             skip,
-            n_decayed=flat.n_decayed,
-            weight_decay=matrices["weight_decay"],
+            n_decayed=flat.n_decayed - start,
+            weight_decay=decayed["weight_decay"],
             beta1=beta1,
             beta2=beta2,
-            eps=matrices["eps"],
+            eps=decayed["eps"],
         )
 
     def step(self, closure: None = None) -> None:
@@ -124,29 +128,38 @@ class FusedAdamW(AdamW):
         raise NotImplementedError("FusedAdamW: call update(factor, skip)")
 
 
-def make_optimizer(flat: FlatParameters, config: TrainConfig) -> AdamW:
-    """AdamW by its kernel where the switch `adamw` is on, else by torch."""
-    return FusedAdamW(flat, config) if "adamw" in config.switches() else AdamW(flat, config)
+def flatten(model: Llama, config: TrainConfig) -> FlatParameters:
+    """The model's parameters in the order that the optimizer of `config` wants."""
+    return FlatParameters(model, leading=matrices(model) if config.optimizer == "muon" else ())
 
 
-def moments(model: Llama, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
-    """The two moments by parameter name, not copied: zeros before the first update."""
-    return {moment: {name: optimizer.state[p][moment] for name, p in model.named_parameters()} for moment in MOMENTS}
+def make_optimizer(flat: FlatParameters, config: TrainConfig) -> AdamW | Muon:
+    """What `config.optimizer` names; AdamW by its kernel where the switch `adamw` is on, else by torch. flat: from `flatten`."""
+    kind = FusedAdamW if "adamw" in config.switches() else AdamW
+    adamw = kind(flat, config, start=flat.n_leading)
+    return Muon(flat, config, adamw) if config.optimizer == "muon" else adamw
 
 
-def updates(model: Llama, optimizer: AdamW) -> int:
+def moments(model: Llama, optimizer: AdamW | Muon) -> dict[str, dict[str, Tensor]]:
+    """The two moments by parameter name, not copied: zeros before the first update. Muon's matrices have the first one only."""
+    state = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    return {moment: {name: of[moment] for name, of in state.items() if moment in of} for moment in MOMENTS}
+
+
+def updates(model: Llama, optimizer: AdamW | Muon) -> int:
     """Updates made so far, skipped ones not counted: what AdamW's bias correction counts. Waits for the device."""
-    return int(optimizer.state[next(model.parameters())]["step"])
+    return int(optimizer.state[model.embedding.weight]["step"])
 
 
 @torch.no_grad()
-def restore(model: Llama, optimizer: AdamW, saved: dict[str, dict[str, Tensor]], updates: int) -> None:
-    """Put back, in place, what `moments` and `updates` gave, of either optimizer."""
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        state["step"].fill_(updates)
-        for moment in MOMENTS:
-            state[moment].copy_(saved[moment][name])
+def restore(model: Llama, optimizer: AdamW | Muon, saved: dict[str, dict[str, Tensor]], updates: int) -> None:
+    """Put back, in place, what `moments` and `updates` gave: of the same method, whatever computes it."""
+    for moment, named in moments(model, optimizer).items():
+        for name, own in named.items():
+            own.copy_(saved[moment][name])
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(updates)
 
 
 class LossScale:

@@ -15,8 +15,7 @@ from model import Llama
 from training.config import TrainConfig
 from training.distributed import World
 from training.step.capture import Captured
-from training.step.flat import FlatParameters
-from training.step.optimizer import LossScale, make_optimizer
+from training.step.optimizer import LossScale, flatten, make_optimizer
 
 MicroBatch = tuple[Tensor, Tensor, Tensor | None]
 """(tokens, targets, first_key or None), each (B, T)."""
@@ -41,7 +40,7 @@ class Trainer:
         """`capture`, if given, decides in `config.capture`'s place, for plain PyTorch too."""
         self.model = model
         self.device = model.cos.device
-        self.flat = FlatParameters(model)
+        self.flat = flatten(model, config)
         self.optimizer = make_optimizer(self.flat, config)
         self.loss_scale = LossScale(model.compute_dtype == torch.float16, self.device)
         self.grad_clip = config.grad_clip
