@@ -60,7 +60,7 @@ def generate(config: GenerateConfig) -> str:
     import kernels
     from model import Llama, generation, huggingface
     from training.checkpoint import files as checkpoint
-    from training.data.tokenizer import Tokenizer
+    from training.data.tokenizer import tokenizer_of
     from training.device import resolve_device, resolve_dtype
 
     saved = checkpoint.load(config.checkpoint, config.which)
@@ -73,7 +73,7 @@ def generate(config: GenerateConfig) -> str:
         model = Llama(run.shape(), kernels.select("none", run.n_layers), resolve_dtype(run, device))
     model.load_state_dict(huggingface.pack(run.shape(), saved.tensors("model")), strict=True)
     model.refresh_compute_weights()
-    tokenizer = Tokenizer.from_bytes(saved.tokenizer)
+    tokenizer = tokenizer_of(saved.tokenizer_name, saved.tokenizer, run.document_token)
     prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
     try:
         new = generation.generate(

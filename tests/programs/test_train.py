@@ -15,7 +15,7 @@ from tests.support.run_testing import TINY, Result, arguments, finish, records, 
 from training import evaluation, run_folder
 from training.checkpoint import files as checkpoint
 from training.command_line import from_toml, parse
-from training.data.tokenizer import Tokenizer
+from training.data.tokenizer import load_tokenizer
 from training.step import readback
 from training.step import trainer as step
 from training.step.schedule import learning_rate
@@ -65,7 +65,7 @@ def test_the_metrics_hold_every_step_and_every_evaluation(finished):
 
 def test_bits_per_byte_are_the_loss_of_the_validation_text_over_its_bytes(finished, text):
     out_dir, _ = finished
-    tokenizer = Tokenizer((out_dir / "step-00000012" / "tokenizer.model").read_bytes())
+    tokenizer = load_tokenizer(out_dir / "step-00000012" / "tokenizer.model")
     documents = text["data"].read_text().split("\n\n")
     n_bytes = sum(len(document.encode()) for document in documents)
     n_tokens = sum(len(tokenizer.encode(document, bos=True)) for document in documents)

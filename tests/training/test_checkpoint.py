@@ -72,6 +72,13 @@ def test_everything_comes_back_as_it_was(tmp_path):
             assert torch.equal(bits(tensors[name]), bits(tensor))
 
 
+def test_a_tokenizer_comes_back_under_the_name_of_its_file(tmp_path):
+    loaded = checkpoint.load(save(tmp_path, 1, tokenizer=b"{}", tokenizer_name="tokenizer.json"))
+    assert (loaded.tokenizer_name, loaded.tokenizer) == ("tokenizer.json", b"{}")
+    assert "tokenizer.json" in loaded.files
+    assert checkpoint.load(save(tmp_path, 2)).tokenizer_name == "tokenizer.model"
+
+
 def test_tensors_that_share_memory_or_are_strided_are_saved_by_value(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     model = {

@@ -12,7 +12,7 @@ from training.data import prepare as preparing
 from training.data.corpus import open_corpus
 from training.data.prepare import prepare
 from training.data.shards import TokenShards
-from training.data.tokenizer import Tokenizer, train_tokenizer
+from training.data.tokenizer import load_tokenizer, train_tokenizer
 from training.errors import UserError
 
 STORIES = [f"Once {name} went to the {place}.\nIt rained — {i} times." for i in range(20) for name, place in
@@ -89,7 +89,7 @@ def test_a_tokenizer_is_trained_on_the_training_documents_alone(source, tmp_path
 
     monkeypatch.setattr(preparing, "train_tokenizer", train)
     dataset = prepare(str(source), vocab_size=VOCAB, data_dir=tmp_path / "data", val_fraction=0.2)
-    assert dataset.tokenizer.vocab_size == VOCAB
+    assert dataset.tokenizer.n_tokens == VOCAB
     assert seen == list(open_corpus(str(source), val_fraction=0.2).documents("train"))
 
 
@@ -122,7 +122,7 @@ def test_windows_are_read_from_anywhere_also_across_shards(prepare_here, monkeyp
 
 @pytest.mark.parametrize(("vocab_size", "itemsize"), [(65536, 2), (65537, 4)])
 def test_tokens_take_two_bytes_up_to_a_vocabulary_of_65536(tmp_path, vocab_size, itemsize):
-    tokenizer = SimpleNamespace(vocab_size=vocab_size, bos_id=1, hash="ab" * 32)
+    tokenizer = SimpleNamespace(n_tokens=vocab_size, bos_id=1, hash="ab" * 32)
     ids = np.array([1, 2, vocab_size - 1], shards.token_dtype(vocab_size))
     writer = shards.ShardWriter(tmp_path, "val", tokenizer)
     writer.append(shards.Encoded(ids, 1, 9))
@@ -320,4 +320,4 @@ def test_the_progress_bar_is_drawn_on_a_terminal_only(prepare_here, tmp_path, mo
 
 
 def test_the_tokenizer_of_a_prepared_source_is_the_given_one(prepare_here, tokenizer_file):
-    assert prepare_here().tokenizer.hash == Tokenizer.load(tokenizer_file).hash
+    assert prepare_here().tokenizer.hash == load_tokenizer(tokenizer_file).hash

@@ -8,8 +8,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from training.data import tokenizer as tokenizer_module
-from training.data.tokenizer import Tokenizer, train_tokenizer
+from training.data.tokenizer import interface, load_tokenizer, tokenizer_of, train_tokenizer
+from training.data.tokenizer import training as tokenizer_module
 from training.errors import UserError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory):
 
 
 def pieces(tokenizer, text):
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
     return [processor.id_to_piece(i) for i in tokenizer.encode(text)]
 
 
@@ -39,7 +39,7 @@ def pieces(tokenizer, text):
 def test_decoding_gives_the_text_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(2 < token < tokenizer.vocab_size for token in ids)
+    assert all(2 < token < tokenizer.n_tokens for token in ids)
     assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
 
 
@@ -67,7 +67,7 @@ def test_bos_goes_first_and_only_on_request(tokenizer):
     assert tokenizer.encode("def f():", bos=True) == [tokenizer.bos_id, *ids]
     assert tokenizer.bos_id not in ids
     assert tokenizer.encode("", bos=True) == [tokenizer.bos_id]
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
+    assert (tokenizer.n_tokens, tokenizer.bos_id) == (512, 1)
 
 
 def test_half_a_surrogate_pair_is_no_text(tokenizer):
@@ -75,26 +75,65 @@ def test_half_a_surrogate_pair_is_no_text(tokenizer):
         tokenizer.encode("a\ud800")
 
 
-def test_an_id_past_the_vocabulary_is_refused(tokenizer):
-    with pytest.raises(IndexError):
-        tokenizer.decode([512])
+def test_an_id_of_a_padded_vocabulary_is_no_text(tokenizer):
+    assert tokenizer.decode([512, *tokenizer.encode("a"), 575]) == "a"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 511).filter(lambda token: token != 3 + ord(" "))))  # a space as a byte
+def test_decoding_agrees_with_the_library_and_comes_in_whole_characters(tokenizer, ids):
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content).decode(ids)
+    stream = tokenizer.stream()
+    parts = [stream.write(token) for token in ids] + [stream.close()]
+    assert "".join(parts) == tokenizer.decode(ids)
+    if "\ufffd" not in theirs:  # how many stand for bytes that are no character is told in no standard
+        assert tokenizer.decode(ids) == theirs
+
+
+def test_a_stream_gives_a_character_with_its_last_byte_and_never_half_of_it(tokenizer):
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("def 語")
+    assert [stream.write(token) for token in ids][-3:] == ["", "", "語"]
+    assert stream.close() == ""
+    assert stream.write(ids[-3]) == ""
+    assert stream.close() == "\ufffd"
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n▁aeinrt語")), size=st.integers(1, 9))
+def test_a_long_text_encoded_in_pieces_has_the_tokens_of_the_whole(tokenizer, text, size):
+    whole = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interface, "PIECE_CHARACTERS", size)
+        pieces = list(tokenizer.encode_in_pieces(text))
+    assert [token for piece in pieces for token in piece] == whole
+    assert len(text) < 100 or len(pieces) > 1
+
+
+def test_source_code_in_pieces_has_the_tokens_of_the_whole(tokenizer, monkeypatch):
+    text = SOURCES[0] + "海象" * 2000 + SOURCES[1]
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(interface, "PIECE_CHARACTERS", 100)
+    pieces = list(tokenizer.encode_in_pieces(text))
+    assert len(pieces) > len(text) // 130
+    assert [token for piece in pieces for token in piece] == whole
 
 
 def test_files_bytes_and_pickles_hold_the_same_tokenizer(tokenizer, tmp_path):
-    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
     for other in (
-        Tokenizer.load(tmp_path / "t.model"),
-        Tokenizer.from_bytes(tokenizer.model_bytes),
+        load_tokenizer(tmp_path / "t.model"),
+        tokenizer_of("tokenizer.model", tokenizer.content),
         pickle.loads(pickle.dumps(tokenizer)),
     ):
-        assert (other.hash, other.model_bytes) == (tokenizer.hash, tokenizer.model_bytes)
+        assert (other.hash, other.content) == (tokenizer.hash, tokenizer.content)
         assert other.encode(SOURCES[1]) == tokenizer.encode(SOURCES[1])
 
 
 def test_training_twice_gives_the_same_bytes_and_writes_them(tokenizer, tmp_path):
     again = train_tokenizer(iter(SOURCES), 512, tmp_path / "t.model")
     assert again.hash == tokenizer.hash
-    assert (tmp_path / "t.model").read_bytes() == tokenizer.model_bytes
+    assert (tmp_path / "t.model").read_bytes() == tokenizer.content
     assert train_tokenizer(SOURCES[:1], 512, tmp_path / "u.model").hash != tokenizer.hash
 
 
@@ -137,19 +176,19 @@ def test_the_message_names_the_vocabulary_sizes_that_fit_the_text(tmp_path):
         train_tokenizer(["hello world"] * 5, 4096, path)
     assert not path.exists()
     largest = int(str(error.value).split()[-1])
-    assert train_tokenizer(["hello world"] * 5, largest, path).vocab_size == largest
+    assert train_tokenizer(["hello world"] * 5, largest, path).n_tokens == largest
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\0" * 100])
 def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
     (tmp_path / "t.model").write_bytes(content)
     with pytest.raises(UserError, match=r"--tokenizer .*t.model is not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")
 
 
 def test_a_missing_model_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"--tokenizer .*t.model: No such file"):
-        Tokenizer.load(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")
 
 
 def train_elsewhere(**options):
@@ -162,11 +201,13 @@ def train_elsewhere(**options):
 
 def test_a_model_without_a_token_to_open_documents_is_refused():
     with pytest.raises(UserError, match="no beginning-of-sequence token"):
-        Tokenizer.from_bytes(train_elsewhere(bos_id=-1))
+        tokenizer_of("tokenizer.model", train_elsewhere(bos_id=-1))
 
 
 def test_a_model_without_byte_fallback_or_space_in_front_works_too():
-    plain = Tokenizer.from_bytes(train_elsewhere())
+    plain = tokenizer_of("tokenizer.model", train_elsewhere())
     assert plain.decode(plain.encode("the▁text")) == "the text"
-    bare = Tokenizer.from_bytes(train_elsewhere(model_type="bpe", byte_fallback=True, add_dummy_prefix=False))
+    bare = tokenizer_of(
+        "tokenizer.model", train_elsewhere(model_type="bpe", byte_fallback=True, add_dummy_prefix=False)
+    )
     assert bare.decode(bare.encode("the▁ text")) == "the▁ text"

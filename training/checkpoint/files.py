@@ -8,7 +8,7 @@ out_dir/
     optimizer.safetensors    another group, and so on
     state.json               the step, and what the caller keeps in JSON
     config.toml              the configuration of the run
-    tokenizer.model
+    tokenizer.model          or tokenizer.json
     manifest.json            format version; size and SHA-256 of every other file
   last, best                 text files that name a folder
 ```
@@ -38,6 +38,8 @@ from training.run_folder import STEP_FOLDER, find, pointed_at, step_folders
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+"""What the file of a checkpoint's tokenizer may be called."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Checkpoint:
     step: int
     state: dict
     config_toml: str
+    tokenizer_name: str  # one of TOKENIZERS
     tokenizer: bytes
     files: tuple[str, ...]  # names of all files but the manifest
 
@@ -71,6 +74,7 @@ def save(
     state: dict,
     config_toml: str,
     tokenizer: bytes,
+    tokenizer_name: str = TOKENIZERS[0],
     best: bool,
     keep: int,
     max_file_bytes: int = 4 * 2**30,
@@ -96,7 +100,7 @@ def save(
             _write_tensors(temporary, group, named, max_file_bytes)
         (temporary / "state.json").write_bytes(_json({"step": step, "state": state}))
         (temporary / "config.toml").write_bytes(config_toml.encode())
-        (temporary / "tokenizer.model").write_bytes(tokenizer)
+        (temporary / tokenizer_name).write_bytes(tokenizer)
         files = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_bytes(_json({"format_version": FORMAT_VERSION, "files": files}))
         _seal(temporary / MANIFEST)
@@ -134,12 +138,14 @@ def load(path: str | Path, which: str = "last") -> Checkpoint:
     try:
         files = _verified_files(path)
         state = json.loads((path / "state.json").read_bytes())
+        tokenizer_name = next(name for name in TOKENIZERS if name in files)
         return Checkpoint(
             path=path,
             step=state["step"],
             state=state["state"],
             config_toml=(path / "config.toml").read_bytes().decode(),
-            tokenizer=(path / "tokenizer.model").read_bytes(),
+            tokenizer_name=tokenizer_name,
+            tokenizer=(path / tokenizer_name).read_bytes(),
             files=files,
         )
     except OSError as error:
@@ -233,7 +239,8 @@ def _verified_files(path: Path) -> tuple[str, ...]:
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {path}: {MANIFEST} is damaged") from error
-    for name in {*expected, "state.json", "config.toml", "tokenizer.model"}:
+    tokenizer = next((name for name in TOKENIZERS if name in expected), TOKENIZERS[0])
+    for name in {*expected, "state.json", "config.toml", tokenizer}:
         if name not in expected or Path(name).name != name:
             raise UserError(f"checkpoint {path}: {MANIFEST} is damaged at {name!r}")
     for name, (size, sha256) in expected.items():

@@ -53,7 +53,8 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
             "tokenizer_hash": dataset.tokenizer.hash,
         },
         config_toml=to_toml(config),
-        tokenizer=dataset.tokenizer.model_bytes,
+        tokenizer_name=dataset.tokenizer.file_name,
+        tokenizer=dataset.tokenizer.content,
         best=best,
         keep=config.keep_checkpoints,
     )

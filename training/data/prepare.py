@@ -24,10 +24,11 @@ from training.config import TrainConfig
 from training.data import shards
 from training.data.corpus import Corpus, Part, Split, open_corpus
 from training.data.shards import Dataset, Encoded, ShardWriter, open_dataset, token_dtype
-from training.data.tokenizer import Tokenizer, train_tokenizer
+from training.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training.errors import UserError
 
 _POOL_BYTES = 4 << 20  # with less text, starting processes takes longer than encoding
+_PADDED_TO = (8, 16, 32, 64, 128)  # a model's vocabulary may be padded up to a multiple of one of these
 _TOKENIZER_PARTS = 64  # the tokenizer is trained on so many parts of a source, or on all where there are fewer
 
 
@@ -38,6 +39,7 @@ def prepare_for(config: TrainConfig, *, show_progress: bool) -> Dataset:
         vocab_size=config.vocab_size,
         data_dir=config.data_dir,
         tokenizer_file=config.tokenizer or None,
+        document_token=config.document_token,
         split_text=config.split_text,
         text_field=config.text_field or None,
         val_fraction=config.val_fraction,
@@ -51,6 +53,7 @@ def prepare(
     vocab_size: int,
     data_dir: str | Path,
     tokenizer_file: str | Path | None = None,
+    document_token: str = "",
     split_text: str = "blank-lines",
     text_field: str | None = None,
     val_fraction: float = 0.05,
@@ -64,9 +67,10 @@ def prepare(
 
     Args:
         data: a source, as in `corpus.open_corpus`.
-        vocab_size: of the tokenizer to train; a given one must have it.
+        vocab_size: of the tokenizer to train; a given one must have so many tokens, or it must be padded up from them.
         data_dir: where prepared sources and downloads are kept.
-        tokenizer_file: a sentencepiece `.model` file to use instead of training one.
+        tokenizer_file: a sentencepiece `.model` file or a `tokenizer.json` to use instead of training one.
+        document_token: the token of that tokenizer that opens each document; empty: what the file says.
         split_text: as in `corpus.open_corpus`.
         text_field: as in `corpus.open_corpus`.
         val_fraction: as in `corpus.open_corpus`.
@@ -77,7 +81,13 @@ def prepare(
     Raises:
         UserError: a bad source, tokenizer or vocabulary size, damaged shards, or a folder that can't be written.
     """
-    tokenizer = _load_tokenizer(tokenizer_file, vocab_size) if tokenizer_file else None
+    tokenizer = _load_tokenizer(tokenizer_file, document_token, vocab_size) if tokenizer_file else None
+    if tokenizer:
+        vocab_size = tokenizer.n_tokens  # to what size a model pads it changes no token
+    elif document_token:
+        raise UserError(
+            f"--document-token {document_token} names a token of a given tokenizer: name that with --tokenizer"
+        )
     data_dir = Path(data_dir)
     corpus = open_corpus(
         data,
@@ -104,12 +114,14 @@ def _say_who_prepares(folder: Path, holder: str) -> None:
     print(f"waiting for another process, which prepares {folder}: {holder}", file=sys.stderr, flush=True)
 
 
-def _load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != vocab_size:
+def _load_tokenizer(path: str | Path, document_token: str, vocab_size: int) -> Tokenizer:
+    tokenizer = load_tokenizer(path, document_token)
+    n_tokens = tokenizer.n_tokens
+    padded = [-(-n_tokens // multiple) * multiple for multiple in _PADDED_TO]
+    if vocab_size not in (n_tokens, *padded):
         raise UserError(
-            f"--vocab-size is {vocab_size}, but --tokenizer {path} has {tokenizer.vocab_size} tokens: "
-            f"pass --vocab-size {tokenizer.vocab_size}"
+            f"--vocab-size is {vocab_size}, but --tokenizer {path} has {n_tokens} tokens: pass --vocab-size {n_tokens}, "
+            f"or pad it to a multiple of {_PADDED_TO[-1]}: {padded[-1]}"
         )
     return tokenizer
 
@@ -131,7 +143,7 @@ def _build(
                 sample = corpus.documents("train", max_parts=_TOKENIZER_PARTS)
                 tokenizer = train_tokenizer(sample, vocab_size, unfinished / "tokenizer.model")
             else:
-                (unfinished / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+                (unfinished / tokenizer.file_name).write_bytes(tokenizer.content)
             writers = {split: ShardWriter(unfinished, split, tokenizer) for split in ("train", "val")}
             for part, encoded in zip(corpus.parts, _encode(corpus.parts, tokenizer, workers), strict=True):
                 for split, tokens in encoded.items():
@@ -142,6 +154,7 @@ def _build(
             "fingerprint": corpus.fingerprint,
             "vocab_size": vocab_size,
             "tokenizer_sha256": tokenizer.hash,
+            "document_token": tokenizer.document_token,
         }
         manifest |= {split: writer.close() for split, writer in writers.items()}
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -201,7 +214,7 @@ def _encode_in_worker(part: Part) -> dict[Split, Encoded]:
 
 
 def _encode_part(part: Part, tokenizer: Tokenizer) -> dict[Split, Encoded]:
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.n_tokens)
     texts: dict[Split, list[str]] = {}
     for split, text in part.documents():
         texts.setdefault(split, []).append(text)

@@ -2,7 +2,7 @@
 
 A prepared source is one folder:
 
-    tokenizer.model                     the tokenizer that encoded it
+    tokenizer.model or tokenizer.json   the tokenizer that encoded it
     train-00000.bin, val-00000.bin ...  the shards: a header (`_HEADER`), then the tokens, little-endian uint16 or 32
     manifest.json                       what the folder holds, in order
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from training.data.corpus import Split
-from training.data.tokenizer import Tokenizer
+from training.data.tokenizer import FILE_NAMES, Tokenizer, tokenizer_of
 from training.errors import UserError
 
 FORMAT_VERSION = 1
@@ -49,7 +49,7 @@ class TokenShards:
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer):
         """Open shards, in order; UserError if one is truncated, no shard, or of another tokenizer."""
         self.name = name
-        self.vocab_size = tokenizer.vocab_size
+        self.vocab_size = tokenizer.n_tokens
         self.bos_id = tokenizer.bos_id
         self.n_documents = self.n_bytes = 0
         self._arrays: list[np.ndarray] = []
@@ -115,7 +115,8 @@ def open_dataset(folder: Path) -> Dataset:
     """Open what `prepare` made; UserError, with what to do about it, where a file is missing or damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        tokenizer = Tokenizer((folder / "tokenizer.model").read_bytes(), str(folder / "tokenizer.model"))
+        file = folder / next((name for name in FILE_NAMES if (folder / name).exists()), FILE_NAMES[0])
+        tokenizer = tokenizer_of(file.name, file.read_bytes(), manifest.get("document_token", ""), name=str(file))
         splits = {
             split: TokenShards(
                 f"the {split} split of {manifest['source']}", [folder / name for name in manifest[split]], tokenizer
@@ -123,7 +124,7 @@ def open_dataset(folder: Path) -> Dataset:
             for split in ("train", "val")
         }
         return Dataset(**splits, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"damaged token shards: {reason}; delete {folder} and they are made anew") from error
 
@@ -169,8 +170,8 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         tokenizer = self._tokenizer
-        itemsize = token_dtype(tokenizer.vocab_size).itemsize
-        constants = (_MAGIC, FORMAT_VERSION, itemsize, tokenizer.vocab_size, tokenizer.bos_id)
+        itemsize = token_dtype(tokenizer.n_tokens).itemsize
+        constants = (_MAGIC, FORMAT_VERSION, itemsize, tokenizer.n_tokens, tokenizer.bos_id)
         with self._path.open("r+b") as file:
             file.write(_HEADER.pack(*constants, *self._counts, bytes.fromhex(tokenizer.hash)))
         self._counts = ()
@@ -192,10 +193,10 @@ def _open_shard(path: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]
     _, version, itemsize, vocab_size, bos_id, n_tokens, n_documents, n_bytes, digest = _HEADER.unpack(header)
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, wanted {FORMAT_VERSION}")
-    if (vocab_size, bos_id, digest.hex()) != (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.hash):
+    if (vocab_size, bos_id, digest.hex()) != (tokenizer.n_tokens, tokenizer.bos_id, tokenizer.hash):
         raise UserError(
             f"{path} is of another tokenizer: vocabulary {vocab_size}, SHA-256 {digest.hex()[:16]}; "
-            f"wanted {tokenizer.vocab_size}, {tokenizer.hash[:16]}"
+            f"wanted {tokenizer.n_tokens}, {tokenizer.hash[:16]}"
         )
     dtype = token_dtype(vocab_size)
     size, wanted = path.stat().st_size, _HEADER.size + n_tokens * dtype.itemsize
