@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kernels import grammar
+from kernels.attention.decode import decode_attention_torch, decode_attention_triton
 from kernels.attention.op import attention_torch, attention_triton
 from kernels.attention.rope_attention import rope_attention_triton
 from kernels.embedding import embedding_torch, embedding_triton
@@ -44,11 +45,18 @@ class Ops:
     rope_attention: Callable | None = None
     """`rope`, then `attention`, of a packed qkv: what the model calls. Made of those two unless something else is given."""
 
+    decode_attention: Callable | None = None
+    """Attention of one query a sequence over a cache (kernels/attention/decode.py): a kernel where `attention` is one, unless
+    something else is given."""
+
     def __post_init__(self) -> None:
         made_of_others = isinstance(self.rope_attention, InTurn) or self.rope_attention in FUSED.values()
         if self.rope_attention is None or made_of_others:
             parts = (self.rope, self.attention)
             object.__setattr__(self, "rope_attention", FUSED.get(parts) or InTurn(*parts))
+        if self.decode_attention in (None, decode_attention_torch, decode_attention_triton):
+            on = self.attention is attention_triton
+            object.__setattr__(self, "decode_attention", decode_attention_triton if on else decode_attention_torch)
 
 
 FUSED = {(rope_triton, attention_triton): rope_attention_triton}

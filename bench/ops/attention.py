@@ -1,4 +1,5 @@
-"""The sheets of attention: causal over whole sequences, and over documents that share one. Variants beside the common ones:
+"""The sheets of attention: causal over whole sequences, over documents that share one, and of one token over a cache of keys and
+values. Variants beside the common ones:
 
     sdpa-flash, -cudnn, -efficient, -mask    F.scaled_dot_product_attention, held to one backend; with a dense mask
     flex                                     FlexAttention, compiled, with a block mask
@@ -51,6 +52,15 @@ def rope_attention(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
     forward, backward = case.costs["forward"] + tables + Cost(turned), case.costs["backward"] + tables
     arguments = (qkv, cos, sin, c.n_heads, c.n_kv_heads)
     return Case(case.shape, arguments, {"forward": forward, "backward": backward})
+
+
+def decode_attention(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> Case:
+    """One query a sequence over a cache that is full: it is read once, beside which the rest is little."""
+    q = torch.randn(c.batch_size, c.n_heads, c.head_dim, dtype=dtype, device=device)
+    cache = torch.randn(2, c.batch_size, c.n_kv_heads, c.max_seq_len, c.head_dim, dtype=dtype, device=device)
+    n_keys = torch.full((c.batch_size,), c.max_seq_len, dtype=torch.int32, device=device)
+    shape = f"{c.batch_size} x ({c.n_heads} + 2 x {c.n_kv_heads} x {c.max_seq_len}) x {c.head_dim}"
+    return Case(shape, (q, *cache.transpose(2, 3), n_keys), {"evaluation": Cost(2 * q.nbytes + cache.nbytes)})
 
 
 def _attention_case(c: TrainConfig, arguments: list[Tensor], visible: int) -> Case:
@@ -113,6 +123,18 @@ def sdpa_mask(case: Case) -> Callable:
         q, k, v = _heads_first(q, k, v, repeat=True)
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if q.is_cuda else contextlib.nullcontext():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    return attention
+
+
+def sdpa_cached(case: Case) -> Callable:
+    """SDPA of one query over a cache, with a mask of its keys, made here."""
+    _, k_cache, _, n_keys = case.arguments
+    mask = (torch.arange(k_cache.shape[1], device=n_keys.device) < n_keys[:, None])[:, None, None]
+
+    def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, n_keys: Tensor) -> Tensor:
+        q, k, v = _heads_first(q.unsqueeze(1), k_cache, v_cache, repeat=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(2)
 
     return attention
 
@@ -207,5 +229,16 @@ SHEETS = {
         sizes=("reference", "124m", "llama3.2-1b"),
         outputs=("o",),
         calls=lambda c: 0,  # counted as the two that it is
+    ),
+    "decode_attention": Sheet(
+        decode_attention,
+        {
+            **twins(kernels.TORCH.decode_attention),
+            "sdpa-mask": Peer(sdpa_cached),
+            **kernel(kernels.TRITON.decode_attention),
+        },
+        sizes=("reference", *HEADS),
+        outputs=("o",),
+        calls=lambda c: 0,  # no part of a training step
     ),
 }

@@ -57,6 +57,15 @@ def scale_rows(x, factor):
 
 
 @triton.jit
+def add_rows(a, b):
+    """The sum of two tiles."""
+    if len(a) == 2:
+        return a[0] + b[0], a[1] + b[1]
+    else:
+        return (a[0] + b[0],)
+
+
+@triton.jit
 def inner_rows(a, b):
     """Inner product of each row of a with the same row of b, in float32: [rows]."""
     product = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)

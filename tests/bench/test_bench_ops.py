@@ -233,12 +233,13 @@ def test_what_a_gpu_bench_of_attention_would_compare_is_named_on_a_cpu(console, 
     monkeypatch.setattr(ops, "matmul_ceilings", lambda *_: {"matmul_tflops": 0.5, "sustained_matmul_tflops": 0.25})
     result = measure(OpsBench(op="attention", repeats=1, device="cpu"), console)
     timed = {row["op"]: set(row["timings"]) for row in result["rows"]}
-    assert list(timed) == ["attention", "packed_attention", "rope_attention"]
+    assert list(timed) == ["attention", "packed_attention", "rope_attention", "decode_attention"]
     assert set(result["absent"]) == {"sdpa-cudnn", "sdpa-efficient", "flex", "varlen", "triton"}
     assert not any(row["failed"] for row in result["rows"])
     assert {"eager", "sdpa-flash"} <= timed["attention"]
     assert {"eager", "sdpa-mask"} <= timed["packed_attention"]
     assert {"eager", "compiled"} <= timed["rope_attention"]
+    assert {"eager", "compiled", "sdpa-mask"} <= timed["decode_attention"]
     shown = console.file.getvalue()
     assert shown.count("no GPU here") == 1
     assert shown.count("a matmul in this run: 0.5 TFLOP/s in a burst, 0.25 sustained") == 3

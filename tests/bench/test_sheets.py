@@ -67,6 +67,14 @@ def test_attention_by_hand():
     }
 
 
+def test_attention_of_a_token_reads_a_full_cache_once():
+    # 2 sequences: 4 heads of 8 queried and written, 2 of keys and of values read at 6 places; two bytes each
+    case = SHEETS["decode_attention"].case(SMALL, torch.bfloat16, META)
+    assert case.costs == {"evaluation": Cost(2 * (2 * 2 * 4 * 8 + 2 * 2 * 2 * 6 * 8))}
+    assert case.shape == "2 x (4 + 2 x 2 x 6) x 8"
+    assert not case.wanted
+
+
 def test_attention_of_packed_documents_counts_what_is_visible(monkeypatch):
     first_key = torch.tensor([[0, 0, 2, 2, 2, 5], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
     monkeypatch.setattr("bench.ops.attention.documents", lambda batch, length: first_key)
