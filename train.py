@@ -8,6 +8,8 @@ from pathlib import Path
 from training import run_folder
 from training.command_line import parse, to_toml
 from training.config import TrainConfig
+from training.errors import UserError
+from training.log.console import complain, say
 from training.stopping import StopSignal, exit_statuses
 
 
@@ -15,8 +17,9 @@ def main() -> None:
     """Parse the command line and train. A user's mistake is one line on stderr and exit status 2."""
     with exit_statuses():
         config = parse(sys.argv[1:])
-        main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that writes
-        with run_folder.owned(config.out_dir) if main else contextlib.nullcontext():
+        # Of the processes that torchrun starts one writes, and of an evaluation alone none.
+        writes = os.environ.get("RANK", "0") == "0" and not config.eval_only
+        with run_folder.owned(config.out_dir) if writes else contextlib.nullcontext():
             train(config)  # imports torch: --help and every mistake in the options have been answered by now
 
 
@@ -30,6 +33,7 @@ def train(config: TrainConfig) -> None:
     from model import Llama, flops
     from training import distributed
     from training.checkpoint import state
+    from training.checkpoint.saves import Saves
     from training.data.batches import Batches, prefetch
     from training.data.prepare import prepare_for
     from training.device import (
@@ -79,16 +83,16 @@ def train(config: TrainConfig) -> None:
     resumed = config.init_from == "resume"
     progress, resume_note = state.resume(config, trainer, dataset) if resumed else (Progress(), "")
 
-    # ---- the records, kept by the main process
+    # ---- the records, kept by the main process. What can be refused has been by the time an earlier run's files are moved
     metrics = profiler = None
     if world.is_main:
         notes = [resume_note]
-        # An evaluation of a saved run adds to its metrics and leaves the rest of its folder as it is.
-        if not (resumed and config.eval_only):
-            notes.append(run_folder.open_run(config.out_dir, to_toml(config), resume=resumed))
         if running.fused and config.capture and world.size > 1:
             notes.append(f"--fused: with {world.size} processes a step is not captured as a CUDA graph")
         metrics = Metrics.of_run(config, progress.step)
+        if not config.eval_only:
+            notes.append(run_folder.open_run(config.out_dir, to_toml(config), resume=resumed))
+            metrics.open()
         graph = ", one CUDA graph a step" if trainer.captures else ""
         metrics.note(
             f"{config.preset}: {flops.parameters(config):,} parameters on {name_of(device)}, {str(dtype).removeprefix('torch.')}, "
@@ -105,14 +109,9 @@ def train(config: TrainConfig) -> None:
         if config.profile:
             profiler = profiling.trace(Path(config.out_dir) / "profile.json")
 
-    def save(best: bool) -> None:
-        """Write a checkpoint, and go on when every process knows that it is there."""
-        if metrics:
-            metrics.note(f"saved {state.save(config, trainer, dataset, progress, best=best)}")
-        progress.saved_step = progress.step
-        world.wait()
-
     # ---- the loop; a GPU's figures are read one step late, so that it never waits for a line to be printed
+    saves = Saves(config, trainer, dataset, progress, world, metrics)
+    unreadable = None
     under_way = UnderWay(config, progress, metrics, world, device, dtype)
     steps = prefetch(load, progress.step, config.max_iters, device=device)
     try:
@@ -123,13 +122,19 @@ def train(config: TrainConfig) -> None:
                     if under_way.broke_down:
                         break
                     better = evaluation.report(progress, metrics)
-                    due = better or (config.always_save_checkpoint and progress.step != progress.saved_step)
-                    if due and progress.step > 0 and not config.eval_only:
-                        save(best=better)
+                    if progress.step > 0 and not config.eval_only:
+                        saves.after_evaluation(better)
                     under_way.restart_clock()
                 if config.eval_only or progress.step == config.max_iters:
                     break
-                micro_batches, valid = next(steps)
+                try:
+                    micro_batches, valid = next(steps)
+                except UserError as error:  # a shard that was damaged meanwhile: what has been learned is saved
+                    if world.size > 1:
+                        raise
+                    under_way.finish()
+                    unreadable = error
+                    break
                 lr = learning_rate(config, progress.step)
                 if config.dropout:
                     seed_step(config.seed, progress.step, world.rank)
@@ -149,17 +154,21 @@ def train(config: TrainConfig) -> None:
             under_way.finish()
             if under_way.broke_down:
                 progress.skipped_in_a_row = 0  # a resumed run may skip as many again
-            if progress.step != progress.saved_step:
-                save(best=False)
+            saves.at_the_end()
     finally:
         if metrics:
             metrics.close()
         distributed.leave(world)
 
     # ---- what is left to say
+    if unreadable:
+        raise unreadable
     if world.is_main and not config.eval_only:
-        draw_loss_curve(Path(config.out_dir) / "metrics.jsonl", Path(config.out_dir) / "loss.png")
-        print(
+        try:
+            draw_loss_curve(Path(config.out_dir) / "metrics.jsonl", Path(config.out_dir) / "loss.png")
+        except UserError as error:
+            complain(str(error))
+        say(
             f"done: {progress.step} steps, best val loss {progress.best_val_loss:.4f}, everything is in {config.out_dir}"
         )
     if under_way.broke_down:

@@ -85,7 +85,7 @@ class TrainConfig(LlamaConfig):
     eval_iters: int = 100
     """Batches of each split in an evaluation."""
     eval_only: bool = False
-    """Evaluate once and exit."""
+    """Evaluate once, print it and exit; nothing is written."""
     log_interval: int = 1
     """Steps between log lines."""
     always_save_checkpoint: bool = False
@@ -196,6 +196,8 @@ class TrainConfig(LlamaConfig):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{option(field.name)} is {value}; it must be a finite number")
+            if isinstance(value, str) and not _is_text(value):
+                raise UserError(f"{option(field.name)} is {value!r}, which is not UTF-8 text; rename what it names")
             if value == "" and field.name in ("data", "data_dir", "out_dir"):
                 raise UserError(f"{option(field.name)} is empty")
         for least, names in AT_LEAST.items():
@@ -225,6 +227,11 @@ class TrainConfig(LlamaConfig):
         reason = why_no_kernels(self, gpu_visible())
         if reason and self.insists_on_kernels():
             raise kernels_refused(self, reason)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a value can be kept with the run and named to the system: bytes that are not UTF-8 come as half characters."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _on(spec: str, n_layers: int) -> frozenset[str]:

@@ -15,13 +15,14 @@ from training.step.trainer import Trainer
 class Evaluation:
     """Measures a model on the same batches each time: the first `eval_iters` of each split, or all where it has fewer.
 
-    Raises UserError where a split has less than one batch.
+    Raises UserError where a split has less than one batch, or --sample-prompt is no text.
     """
 
     def __init__(self, config: TrainConfig, trainer: Trainer, dataset: Dataset, world: World):
         self._config, self._trainer, self._dataset, self._world = config, trainer, dataset, world
         self._device = trainer.model.cos.device
         self._train, self._val = (Batches.of_run(config, shards, 1) for shards in (dataset.train, dataset.val))
+        self._prompt = [dataset.tokenizer.bos_id, *dataset.tokenizer.encode(config.sample_prompt)]
 
     def report(self, progress: Progress, metrics: Metrics | None) -> bool:
         """Report the losses and, in the process that has the metrics, a sample. Whether validation is better than ever before.
@@ -64,7 +65,7 @@ class Evaluation:
         config, tokenizer = self._config, self._dataset.tokenizer
         if not config.sample_tokens:
             return None
-        prompt = [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)][: config.max_seq_len - 1]
+        prompt = self._prompt[: config.max_seq_len - 1]
         model = self._trainer.model
         new = generation.generate(model, prompt, config.sample_tokens, temperature=0.8, seed=config.seed)
         return tokenizer.decode(prompt[1:] + new)

@@ -12,8 +12,8 @@ from training.errors import UserError
 
 STEP_FOLDER = re.compile(r"step-\d{8,}")
 LOCK = ".lock"
-RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "loss.png", "profile.json", "tensorboard", "wandb")
-"""What a run writes into its folder beside its checkpoints."""
+RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "loss.png", "profile.json", "tensorboard")
+"""What a run writes into its folder beside its checkpoints; and `wandb`, where wandb keeps each run by itself."""
 
 
 def find(out_dir: str | Path, which: str = "last") -> Path:
@@ -81,20 +81,35 @@ def open_run(out_dir: str | Path, config_toml: str, *, resume: bool) -> str:
     """
     out_dir = Path(out_dir)
     note = ""
+    draft = out_dir / ".tmp-config.toml"
     try:
+        draft.write_text(config_toml, encoding="utf-8")  # before anything is moved, for a disk may be full
         if not resume and step_folders(out_dir):
-            earlier = next(folder for n in count(1) if not (folder := out_dir / f"earlier-{n}").exists())
-            earlier.mkdir()
-            for path in (*step_folders(out_dir), *out_dir.glob(".old-step-*"), *map(out_dir.joinpath, RUN_FILES)):
-                if path.exists():
-                    path.rename(earlier / path.name)
-            note = f"{out_dir} held an earlier run, which is now in {earlier}"
-        draft = out_dir / ".tmp-config.toml"
-        draft.write_text(config_toml, encoding="utf-8")
+            note = f"{out_dir} held an earlier run, which is now in {_set_aside(out_dir)}"
         draft.replace(out_dir / "config.toml")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise _cannot_write(out_dir, error) from None
     return note
+
+
+def _set_aside(out_dir: Path) -> Path:
+    """Move what an earlier run left into a folder of its own, all of it or, where the system refuses, nothing."""
+    earlier = next(folder for n in count(1) if not (folder := out_dir / f"earlier-{n}").exists())
+    earlier.mkdir()
+    moved: list[Path] = []
+    try:
+        for path in (*step_folders(out_dir), *out_dir.glob(".old-step-*"), *map(out_dir.joinpath, RUN_FILES)):
+            if path.exists():
+                path.rename(earlier / path.name)
+                moved.append(path)
+    except OSError:
+        for path in moved:
+            (earlier / path.name).rename(path)
+        earlier.rmdir()
+        raise
+    return earlier
 
 
 def _cannot_write(out_dir: str | Path, error: OSError) -> UserError:

@@ -221,7 +221,7 @@ def test_ctrl_c_between_evaluations_resumes_to_the_bit(whole, tmp_path, monkeypa
     uninterrupted = whole()
     folder = tmp_path / "stopped"
     asked = iter([False] * (HALF - 1) + [True])
-    monkeypatch.setattr(World, "any", lambda self, flag, device: next(asked))
+    monkeypatch.setattr(World, "any", lambda self, flag, device: next(asked, False))
     config = (uninterrupted / "config.toml").read_text()
     (tmp_path / "run.toml").write_text(config)
     result = call(train, [f"--config={tmp_path / 'run.toml'}", f"--out-dir={folder}"])

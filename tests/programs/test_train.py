@@ -4,26 +4,31 @@ import json
 import re
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from tests.support import run_testing
-from tests.support.run_testing import TINY, Result, arguments, finish, records, start, state, wait_until, write_text
-from training import evaluation, run_folder
+from tests.support.run_testing import (
+    TINY,
+    Result,
+    arguments,
+    finish,
+    pointers,
+    records,
+    start,
+    state,
+    wait_until,
+    write_text,
+)
+from training import evaluation
 from training.checkpoint import files as checkpoint
 from training.command_line import from_toml, parse
 from training.data.tokenizer import load_tokenizer
 from training.step import readback
 from training.step import trainer as step
 from training.step.schedule import learning_rate
-
-
-def pointers(out_dir: Path) -> tuple[str, str]:
-    return tuple((out_dir / name).read_text().strip() for name in ("best", "last"))
-
 
 # ------------------------------------------------------------------------------------------------------- a run's traces
 
@@ -174,88 +179,6 @@ def test_a_trace_of_steps_3_to_5_is_written(run, tmp_path):
     trace = json.loads((tmp_path / "out" / "profile.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert {name for name in names if name.startswith("ProfilerStep#")} == {f"ProfilerStep#{i}" for i in (3, 4, 5)}
-
-
-def test_an_evaluation_alone_changes_nothing(run, tmp_path):
-    run()
-    out_dir = tmp_path / "out"
-    before = {path: path.read_bytes() for path in out_dir.rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
-    steps = records(out_dir, "step")
-    result = run(init_from="resume", eval_only=True, eval_iters=1)
-    assert (result.status, result.err) == (0, "")
-    assert re.search(r"step 12: train loss \d", result.out)
-    assert {path: path.read_bytes() for path in before} == before
-    assert records(out_dir, "step") == steps
-
-
-def test_an_evaluation_alone_of_a_fresh_model_saves_nothing(run, tmp_path):
-    result = run(eval_only=True)
-    assert result.status == 0
-    assert "step 0: train loss" in result.out
-    assert not list((tmp_path / "out").glob("step-*"))
-
-
-# ------------------------------------------------------------------------------------------------------ nothing is lost
-
-
-@pytest.mark.fault("a new run in the folder of an earlier one", "the earlier one is moved to `earlier-1` inside, whole")
-def test_a_run_that_starts_in_a_used_folder_sets_the_earlier_one_aside(run, tmp_path):
-    out_dir = tmp_path / "out"
-    out_dir.mkdir()
-    (out_dir / "notes.md").write_text("mine")
-    run(max_iters=1)
-    first = {path.name: path.read_bytes() for path in (out_dir / "step-00000001").iterdir()}
-    metrics = (out_dir / "metrics.jsonl").read_bytes()
-    result = run(max_iters=2, tensorboard=True)
-    assert f"{out_dir} held an earlier run, which is now in {out_dir / 'earlier-1'}" in result.out
-    earlier = out_dir / "earlier-1"
-    assert {path.name: path.read_bytes() for path in (earlier / "step-00000001").iterdir()} == first
-    assert (earlier / "metrics.jsonl").read_bytes() == metrics
-    assert pointers(earlier) == ("step-00000001", "step-00000001")
-    assert (out_dir / "notes.md").read_text() == "mine"
-    run(max_iters=3)
-    assert pointers(out_dir / "earlier-2") == ("step-00000002", "step-00000002")
-    assert (out_dir / "earlier-2" / "tensorboard").is_dir()
-    assert pointers(out_dir) == ("step-00000003", "step-00000003")
-    assert {path.name for path in out_dir.iterdir()} == {
-        *("earlier-1", "earlier-2", "notes.md", "step-00000003", "best", "last"),
-        *("config.toml", "metrics.jsonl", "loss.png"),
-    }
-
-
-def test_a_run_that_is_refused_leaves_the_earlier_one_where_it_is(run, tmp_path):
-    run(max_iters=1)
-    before = sorted((tmp_path / "out").iterdir())
-    assert run(data="nowhere").status == 2
-    assert run(batch_size=10**6).status == 2
-    assert sorted((tmp_path / "out").iterdir()) == before
-
-
-def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(run, tmp_path, monkeypatch):
-    write, saves = checkpoint._write_tensors, []
-
-    def write_until_full(folder, group, *rest):
-        saves.append(group)
-        if len(saves) > 4:  # the first save has three groups
-            raise OSError(28, "No space left on device")
-        write(folder, group, *rest)
-
-    monkeypatch.setattr(checkpoint, "_write_tensors", write_until_full)
-    result = run(always_save_checkpoint=True)
-    assert result.status == 2
-    assert re.fullmatch(
-        r"train\.py: error: --out-dir .*step 12 could not be saved: No space left on device.*\n", result.err
-    )
-    assert checkpoint.load(tmp_path / "out").step == 6
-    assert not list((tmp_path / "out").glob(".tmp-*"))
-
-
-def test_a_disk_too_full_for_the_configuration_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(ValueError, match=r"--out-dir .* cannot be written: No space left on device"):
-        run_folder.open_run(tmp_path, "", resume=False)
 
 
 # ----------------------------------------------------------------------------------------------------- steps gone wrong

@@ -145,3 +145,8 @@ def edit_config(checkpoint: Path, **options: str) -> None:
 def state(checkpoint: Path) -> dict:
     """What a checkpoint's state.json says of the run."""
     return json.loads((checkpoint / "state.json").read_text())["state"]
+
+
+def pointers(out_dir: Path) -> tuple[str, str]:
+    """The checkpoints that `best` and `last` name."""
+    return tuple((out_dir / name).read_text().strip() for name in ("best", "last"))

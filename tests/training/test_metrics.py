@@ -1,11 +1,13 @@
 """What a run reports: the lines people read, the file programs read, the backends, and the picture at the end."""
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy
 import pytest
@@ -39,7 +41,9 @@ def metrics(out_dir, **changes):
         "config": {"dim": 288, "out_dir": out_dir},
         "tensorboard": False,
     }
-    return Metrics(out_dir, **(options | changes))
+    log = Metrics(out_dir, **(options | changes))
+    log.open()
+    return log
 
 
 def lines(out_dir):
@@ -161,10 +165,106 @@ def test_a_line_that_a_kill_cut_short_spoils_nothing(tmp_path):
     ]
 
 
-def test_a_full_disk_is_a_user_error(tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"--out-dir .*metrics\.jsonl cannot be written: No space left"):
+def test_a_file_that_cannot_be_opened_is_a_user_error(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"--out-dir .*metrics\.jsonl cannot be written: Is a directory"):
         metrics(tmp_path)
+
+
+def test_a_full_disk_is_told_once_and_what_fits_later_is_kept(tmp_path, monkeypatch, capsys):
+    """A disk with room for half a line at first, and for all of them later: no half line stays."""
+    from training.log import appended
+
+    write, room = appended.AppendedFile.write, [10_000]
+
+    def write_what_fits(self, piece):
+        if len(piece) <= room[0]:
+            return write(self, piece)
+        file, self._file = (
+            self._file,
+            types.SimpleNamespace(
+                fileno=self._file.fileno, truncate=self._file.truncate, write=nearly_full(self._file)
+            ),
+        )
+        try:
+            return write(self, piece)
+        finally:
+            self._file = file
+
+    monkeypatch.setattr(appended.AppendedFile, "write", write_what_fits)
+    log = metrics(tmp_path, tensorboard=True)
+    room[0] = 0
+    for step in range(3):
+        log.step(record(step))
+    log.evaluation(3, 1.0, 1.0, 1.0, sample="x")
+    room[0] = 10_000
+    log.step(record(3))
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        f"{Path(sys.argv[0]).name}: {name} in {tmp_path} could not be written: No space left on device; "
+        "the run goes on without what it misses"
+        for name in ("metrics.jsonl", "tensorboard")
+    ]
+    assert [(line["kind"], line["step"]) for line in lines(tmp_path)] == [("start", 0), ("step", 3)]
+    assert [event.step for event in scalars(tmp_path, "train/loss")] == [3]
+
+
+def nearly_full(file):
+    """What writing is on a disk with room for three bytes."""
+    room = [3]
+
+    def write(piece):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0], fits = 0, room[0]
+        return file.write(piece[:fits])
+
+    return write
+
+
+def scalars(out_dir, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(out_dir / "tensorboard")).Reload().Scalars(name)
+
+
+def test_without_a_folder_everything_is_printed_and_nothing_is_kept(tmp_path, capsys):
+    log = Metrics(
+        tmp_path / "out", total_steps=9, start_step=0, log_interval=1, run_name="", config={}, tensorboard=True
+    )
+    log.note("a note")
+    log.evaluation(3, 1.0, 1.0, 1.0, sample="a sample")
+    log.close()
+    assert capsys.readouterr().out.splitlines()[-1] == "a sample"
+    assert not (tmp_path / "out").exists()
+
+
+def test_wandb_that_does_not_start_is_a_user_error(tmp_path, monkeypatch):
+    module = types.SimpleNamespace(init=lambda **_: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(UserError, match=r"--wandb-log: wandb does not start: division by zero; `wandb login`"):
+        metrics(tmp_path / "run", wandb_project="llama")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_fails_later_is_told_once(tmp_path, monkeypatch, capsys):
+    run = types.SimpleNamespace(log=lambda *_, **__: 1 / 0, finish=lambda: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    log = metrics(tmp_path, wandb_project="llama")
+    log.step(record(0))
+    log.step(record(1))
+    log.close()
+    assert capsys.readouterr().err.count("wandb in") == 1
+    assert [line["step"] for line in lines(tmp_path) if line["kind"] == "step"] == [0, 1]
+
+
+def test_a_stdout_that_is_full_is_told_once(tmp_path):
+    code = f"from tests.training.test_metrics import report_a_run; import pathlib; report_a_run(pathlib.Path({str(tmp_path)!r}))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    told = "-c: stdout could not be written: No space left on device; the run goes on without the lines it misses\n"
+    assert (done.returncode, done.stderr) == (0, told)
+    assert len([line for line in lines(tmp_path) if line["kind"] == "step"]) == 10
 
 
 def test_an_out_dir_that_cannot_be_made_is_a_user_error(tmp_path):

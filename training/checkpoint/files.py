@@ -219,8 +219,11 @@ def _write_tensors(folder: Path, group: str, named: dict[str, Tensor], max_file_
         file_name = f"{group}{suffix}.safetensors"
         # The copy gives each tensor memory of its own, which the format asks for, and is made for one file at a time.
         copies = {name: named[name].detach().contiguous().to("cpu", copy=True) for name in names}
+        (folder / file_name).touch()  # with the mode that the umask gives: the library would make it the owner's alone
+        mode = (folder / file_name).stat().st_mode
         try:
             safetensors.torch.save_file(copies, folder / file_name)
+            (folder / file_name).chmod(mode)
         except safetensors.SafetensorError as error:  # how the library reports what the system said
             raise OSError(f"{file_name}: {error}") from error
         weight_map |= dict.fromkeys(names, file_name)

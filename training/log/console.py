@@ -1,7 +1,10 @@
 """What a run shows on stdout: lines that scroll and, on a terminal, a progress bar below them."""
 
+import atexit
+import contextlib
 import os
 import sys
+from pathlib import Path
 
 
 class Console:
@@ -14,14 +17,10 @@ class Console:
 
     def print(self, text: str) -> None:
         """One or more lines; characters that a terminal would obey, or that stdout cannot encode, are shown escaped."""
-        text = printable(text, sys.stdout.encoding or "utf-8")
         if self._progress is None:
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:  # a `tee` that Ctrl-C reached first, say: the run goes on, and has its files
-                silence_stdout()
+            say(text)
         else:
-            self._progress.console.out(text, highlight=False)
+            self._progress.console.out(printable(text, sys.stdout.encoding or "utf-8"), highlight=False)
 
     def advance(self, step: int, loss: float) -> None:
         """Move the bar past `step`, which is done."""
@@ -33,6 +32,39 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+_stdout_failed = False
+
+
+def say(text: str) -> None:
+    """Print on stdout. That it can't be written, once a run is under way, is no reason to stop: the run has its files."""
+    global _stdout_failed
+    try:
+        print(printable(text, sys.stdout.encoding or "utf-8"), flush=True)
+    except BrokenPipeError:  # a `tee` that Ctrl-C reached first, say
+        silence_stdout()
+    except OSError as error:  # a full disk behind `> log.txt`; later lines are tried again
+        if not _stdout_failed:
+            _stdout_failed = True
+            atexit.register(_leave_stdout)
+            complain(
+                f"stdout could not be written: {error.strerror or error}; the run goes on without the lines it misses"
+            )
+
+
+def _leave_stdout() -> None:
+    """At the end, drop what stdout still does not take: else Python reports it, and ends with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
+
+
+def complain(text: str) -> None:
+    """Print one line on stderr, behind the program's name; where even that fails there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def _progress_bar(total_steps: int, start_step: int):

@@ -2,15 +2,16 @@
 
 import json
 import math
-import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from io import FileIO
 from pathlib import Path
 
 from training.config import TrainConfig
 from training.errors import UserError
-from training.log.console import Console
+from training.log.appended import AppendedFile
+from training.log.console import Console, complain
+from training.log.events import EventFile
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class StepRecord:
 class Metrics:
     """The one place that a training loop reports to. Made on one rank only.
 
-    start_step: the first step that this process runs; above 0 on a resumed run, which goes on in the same files.
-    log_interval: a line is printed for steps that are a multiple of it, and for every skipped one; the files take every
-    step they are given. wandb_project: the project's name, "" for none. config: what the backends show as the run's.
+    Until `open` names its folder it prints, and nothing is kept. log_interval: a line is printed for steps that are a multiple
+    of it, and for every skipped one; the files take every step they are given. tensorboard: keep events for it too.
+    wandb_project: the project's name, "" for none. config: what is kept as the run's.
 
-    Raises UserError where wandb is asked for and not installed, or metrics.jsonl cannot be written.
+    What cannot be written, on a full disk for one, is said once on stderr; it ends no run, and later lines are tried again.
+    Raises UserError where wandb is asked for, and is not installed or does not start.
     """
 
     def __init__(
@@ -51,29 +53,15 @@ class Metrics:
         tensorboard: bool = True,
         wandb_project: str = "",
     ):
-        self._out_dir = Path(out_dir)
+        self._out_dir, self._run_name, self._config = Path(out_dir), run_name, config
         self._log_interval = log_interval
         self._last_step = start_step
         self._header_due = True
-        self._wandb = self._tensorboard = None
-        # Before any file is made: the likeliest mistake, wandb that is not installed, should leave nothing behind.
-        wandb = _import_wandb() if wandb_project else None
-        try:
-            self._out_dir.mkdir(parents=True, exist_ok=True)
-            self._jsonl = _open_to_append(self._out_dir / "metrics.jsonl")
-        except OSError as error:
-            raise _cannot_write(self._out_dir, error) from error
-        self._append("start", start_step, run_name=run_name, config=config)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what a killed run wrote about steps that this one will run again.
-            self._tensorboard = SummaryWriter(str(self._out_dir / "tensorboard"), purge_step=start_step, flush_secs=30)
-            self._tensorboard.add_text("config", _as_code(json.dumps(config, indent=1, default=str)), start_step)
-        if wandb:
-            self._wandb = wandb.init(
-                project=wandb_project, name=run_name or None, config=config, dir=str(self._out_dir)
-            )
+        self._with_tensorboard = tensorboard
+        self._jsonl: AppendedFile | None = None
+        self._events: EventFile | None = None
+        self._failed: set[str] = set()
+        self._wandb = _start_wandb(wandb_project, run_name, config, self._out_dir) if wandb_project else None
         self._console = Console(total_steps, start_step)
 
     @classmethod
@@ -89,6 +77,22 @@ class Metrics:
             tensorboard=config.tensorboard,
             wandb_project=config.wandb_project if config.wandb_log else "",
         )
+
+    def open(self) -> None:
+        """Keep what is reported from here on in the run's folder, behind what is there. UserError where that cannot be read."""
+        try:
+            self._out_dir.mkdir(parents=True, exist_ok=True)
+            self._jsonl = AppendedFile(self._out_dir / "metrics.jsonl")
+            torn = self._jsonl.last_byte() not in (b"", b"\n")  # a killed run may have left half a line
+        except OSError as error:
+            raise UserError(
+                f"--out-dir {self._out_dir}: metrics.jsonl cannot be written: {error.strerror or error}"
+            ) from error
+        if torn:
+            self._try("metrics.jsonl", lambda: self._jsonl.write(b"\n"))
+        self._append("start", self._last_step, run_name=self._run_name, config=self._config)
+        if self._with_tensorboard:
+            self._try("tensorboard", self._open_events)
 
     def step(self, record: StepRecord) -> None:
         """Report a training step."""
@@ -115,8 +119,8 @@ class Metrics:
             f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte"
         )
         if sample is not None:
-            if self._tensorboard:
-                self._tensorboard.add_text("eval/sample", _as_code(sample), step)
+            if self._events:
+                self._try("tensorboard", lambda: self._events.text(step, "eval/sample", sample))
             self._console.print(sample)
 
     def note(self, text: str) -> None:
@@ -124,33 +128,54 @@ class Metrics:
         self._append("note", self._last_step, text=text)
         self._console.print(text)
 
+    def warn(self, text: str) -> None:
+        """Report in words what went wrong and does not end the run, on stderr."""
+        self._append("note", self._last_step, text=text)
+        complain(text)
+
     def close(self) -> None:
         """Flush everything; a second call does nothing."""
         self._console.close()
-        if self._tensorboard:
-            self._tensorboard.close()
         if self._wandb:
-            self._wandb.finish()
-        self._wandb = self._tensorboard = None
-        self._jsonl.close()
+            self._try("wandb", self._wandb.finish)
+        if self._events:
+            self._events.close()
+        if self._jsonl:
+            self._jsonl.close()
+        self._wandb = self._events = self._jsonl = None
+
+    def _open_events(self) -> None:
+        self._events = EventFile(self._out_dir / "tensorboard", self._last_step)
+        self._events.text(self._last_step, "config", json.dumps(self._config, indent=1, default=str))
 
     def _append(self, kind: str, step: int, **values) -> None:
         line = {"kind": kind, "step": step, "time": time.time()}
         # JSON has no NaN: what cannot be a number there is null.
         line |= {name: _finite(value) for name, value in values.items()}
-        try:
-            self._jsonl.write((json.dumps(line, default=str) + "\n").encode())
-        except OSError as error:
-            self._jsonl.close()
-            raise _cannot_write(self._out_dir, error) from error
+        if self._jsonl:
+            self._try("metrics.jsonl", lambda: self._jsonl.write((json.dumps(line, default=str) + "\n").encode()))
 
     def _plot(self, step: int, values: dict[str, float | None]) -> None:
         values = {name: float(value) for name, value in values.items() if _finite(value) is not None}
-        if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        if self._events:
+            self._try("tensorboard", lambda: self._events.numbers(step, values))
         if self._wandb:
-            self._wandb.log(values, step=step)
+            self._try("wandb", lambda: self._wandb.log(values, step=step))
+
+    def _try(self, name: str, write: Callable[[], object]) -> None:
+        """Write, and say once of each record that it cannot be written."""
+        try:
+            write()
+        except Exception as error:
+            # What others' libraries raise is theirs to choose; of our own files only the system's refusals are no bug.
+            if name == "metrics.jsonl" and not isinstance(error, OSError):
+                raise
+            if name not in self._failed:
+                self._failed.add(name)
+                reason = getattr(error, "strerror", None) or error
+                complain(
+                    f"{name} in {self._out_dir} could not be written: {reason}; the run goes on without what it misses"
+                )
 
 
 def step_line(record: StepRecord) -> str:
@@ -167,14 +192,16 @@ def read_metrics(path: str | Path) -> tuple[list[dict], list[dict]]:
     """The lines of a metrics.jsonl by kind: those of steps and those of evaluations, each in order of the step.
 
     A step that was run again counts once, with its last value; what a run wrote about steps after the one where a later
-    run starts is left out. A line that a kill cut short is passed over.
+    run starts is left out. A line that a kill cut short is passed over. OSError where the file cannot be read.
     """
     steps, evaluations = {}, {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
+                continue
+            if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
                 continue
             if line["kind"] == "start":
                 for kept in (steps, evaluations):
@@ -201,26 +228,14 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _as_code(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())  # indented by four, Markdown shows a text as it is
-
-
-def _open_to_append(path: Path) -> FileIO:
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115 - unbuffered: each line is in the file at once
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        if file.read() != b"\n":
-            file.write(b"\n")  # a killed run may have left half a line: ours begins on one of its own
-    return file
-
-
-def _cannot_write(out_dir: Path, error: OSError) -> UserError:
-    return UserError(f"--out-dir {out_dir}: metrics.jsonl cannot be written: {error.strerror or error}")
-
-
-def _import_wandb():
+def _start_wandb(project: str, run_name: str, config: dict, out_dir: Path):
     try:
         import wandb
     except ImportError as error:
         raise UserError("--wandb-log: wandb is not installed; pip install wandb, or leave the option off") from error
-    return wandb
+    try:
+        return wandb.init(project=project, name=run_name or None, config=config, dir=str(out_dir))
+    except Exception as error:  # not logged in, no network: which classes it raises is its own affair
+        raise UserError(
+            f"--wandb-log: wandb does not start: {error}; `wandb login`, set WANDB_MODE=offline, or leave the option off"
+        ) from error

@@ -13,9 +13,12 @@ def draw_loss_curve(metrics_jsonl: str | Path, png: str | Path, *, log_x: bool =
 
     metrics_jsonl: as `training.log.metrics.Metrics` writes it. Skipped steps and losses that are not finite are gaps. Where
     the file has no finite loss at all, no picture is made. log_x: steps on a logarithmic axis, which has no step 0.
-    Raises UserError where the picture cannot be written.
+    Raises UserError where the file cannot be read or the picture not be written.
     """
-    steps, evaluations = read_metrics(metrics_jsonl)
+    try:
+        steps, evaluations = read_metrics(metrics_jsonl)
+    except OSError as error:
+        raise UserError(f"{metrics_jsonl} cannot be read: {error.strerror or error}") from error
     steps = [line | {"loss": None} if line["skipped"] else line for line in steps]
     train_x, train_y = _series(steps, "loss")
     val_x, val_y = _series(evaluations, "val_loss")
@@ -46,9 +49,12 @@ def draw_loss_curve(metrics_jsonl: str | Path, png: str | Path, *, log_x: bool =
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False)
+    draft = Path(png).with_name(f".tmp-{Path(png).name}")
     try:
-        figure.savefig(png)
+        figure.savefig(draft, format="png")
+        draft.replace(png)
     except OSError as error:
+        draft.unlink(missing_ok=True)
         raise UserError(f"{png} cannot be written: {error.strerror or error}") from error
     return True
 
