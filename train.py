@@ -77,7 +77,8 @@ def train(config: TrainConfig) -> None:
     # ---- the model, from scratch or from the last checkpoint
     seed_run(config.seed)
     with device:
-        model = Llama(config.shape(), kernels.select(running.kernel_spec, config.n_layers), dtype)
+        ops = kernels.select(running.kernel_spec, config.n_layers)
+        model = Llama(config.shape(), ops, dtype, recompute=config.activation_checkpointing)
     trainer = Trainer(model, running, world)
     evaluation = Evaluation(config, trainer, dataset, world)
     resumed = config.init_from == "resume"

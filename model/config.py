@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 MAX_VOCAB_SIZE = 2**31 - 1
+RECOMPUTE = ("none", "selective", "full")
+"""What a layer may compute again in the backward pass (model/recompute.py)."""
 
 
 @dataclass(kw_only=True)

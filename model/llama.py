@@ -18,18 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Ops
-from model.config import LlamaConfig
+from model.config import RECOMPUTE, LlamaConfig
 from model.linear import Embedding, Linear, Weight, linear
+from model.recompute import again
 from model.rope import rope_tables
 
 INIT_STD = 0.02
 
 
 class Layer(nn.Module):
-    """One layer: the norm that opens it, attention, the second norm, the feed-forward."""
+    """One layer: the norm that opens it, attention, the second norm, the feed-forward. recompute: as in `Llama`."""
 
-    def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype):
+    def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype, recompute: str = "none"):
         super().__init__()
+        self.recompute = recompute
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.norm_eps, self.dropout = config.norm_eps, config.dropout
         self.attention_norm = nn.Parameter(torch.ones(config.dim))
@@ -54,13 +56,27 @@ class Layer(nn.Module):
         ops: of this layer. branch: of the layer before, which the norm that opens this one adds to residual; None in the first.
         cos, sin: (T, head_dim / 2) float32. first_key: as in `Llama.forward`. to_sum: as in `Linear`.
         """
-        if branch is None:
-            y = ops.rms_norm(residual, self.attention_norm, self.norm_eps)
-        else:
-            y, residual = ops.add_rms_norm(branch, residual, self.attention_norm, self.norm_eps)
-        branch = self._dropped(self.attend(ops, y, cos, sin, first_key, to_sum))
-        y, residual = ops.add_rms_norm(branch, residual, self.ffn_norm, self.norm_eps)
-        return self._dropped(self.feed_forward(ops, y, to_sum)), residual
+
+        def attention_half(branch: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+            if branch is None:
+                y = ops.rms_norm(residual, self.attention_norm, self.norm_eps)
+            else:
+                y, residual = ops.add_rms_norm(branch, residual, self.attention_norm, self.norm_eps)
+            return self._dropped(self.attend(ops, y, cos, sin, first_key, to_sum)), residual
+
+        def feed_forward_half(branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            y, residual = ops.add_rms_norm(branch, residual, self.ffn_norm, self.norm_eps)
+            return self._dropped(self.feed_forward(ops, y, to_sum)), residual
+
+        def whole(branch: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return feed_forward_half(*attention_half(branch, residual))
+
+        draws = self.dropout > 0
+        if self.recompute == "full":
+            return again(whole, branch, residual, draws=draws)
+        if self.recompute == "selective":
+            return again(feed_forward_half, *attention_half(branch, residual), draws=draws)
+        return whole(branch, residual)
 
     def attend(
         self, ops: Ops, y: Tensor, cos: Tensor, sin: Tensor, first_key: Tensor | None, to_sum: bool = False
@@ -81,13 +97,22 @@ class Llama(nn.Module):
     """The model. Parameters are float32; activations and the copies of the weights they meet are `compute_dtype`.
 
     config: its shape. ops: `n_layers + 1` of them, from `kernels.select`; the last is for the embedding, the final norm and the
-    loss head.
+    loss head. recompute: none, selective or full: what a layer computes again in the backward pass (model/recompute.py).
     After anything but the forward pass has written parameters (an optimizer, a checkpoint), call `refresh_compute_weights`.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Sequence[Ops], compute_dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        ops: Sequence[Ops],
+        compute_dtype: torch.dtype = torch.float32,
+        *,
+        recompute: str = "none",
+    ):
         super().__init__()
         config.check()
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"Llama: recompute is {recompute!r}, wanted one of {', '.join(RECOMPUTE)}")
         if len(ops) != config.n_layers + 1:
             raise ValueError(
                 f"Llama: ops has {len(ops)} entries, wanted n_layers + 1 = {config.n_layers + 1} (kernels.select)"
@@ -103,7 +128,7 @@ class Llama(nn.Module):
         copy_dtype = compute_dtype if config.tie_embeddings else torch.float32
         self.embedding = Embedding(config.vocab_size, config.dim, copy_dtype)
         self.head = None if config.tie_embeddings else Weight(config.vocab_size, config.dim, compute_dtype)
-        self.layers = nn.ModuleList(Layer(config, compute_dtype) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Layer(config, compute_dtype, recompute) for _ in range(config.n_layers))
         self.final_norm = nn.Parameter(torch.ones(config.dim))
         cos, sin = rope_tables(config)
         device = self.embedding.weight.device  # the meta device included, where a 405B model is counted

@@ -142,6 +142,8 @@ class TrainConfig(LlamaConfig):
     """The whole fast path: every Triton kernel, and each step one CUDA graph. Where no kernel can run, plain PyTorch does."""
     kernels: str = ""
     """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,adamw; empty: plain PyTorch. Wins over --fused."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Compute again in the backward pass what needs much memory: nothing, SwiGLU and the product before it, or whole layers."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """The method. muon: for the layers' matrices, with AdamW for the rest. AdamW's kernel is the switch adamw of --kernels."""
     capture: bool = True

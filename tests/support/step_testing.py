@@ -12,11 +12,11 @@ from training.step.trainer import Trainer
 TINY = {"vocab_size": 300, "max_seq_len": 32, "dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96}
 
 
-def make_trainer(dtype=torch.float32, spec="none", seed=0, device="cpu", **options) -> Trainer:
+def make_trainer(dtype=torch.float32, spec="none", seed=0, device="cpu", recompute="none", **options) -> Trainer:
     """A fresh model, the same on every device, and its optimizer; options as in training/config.py."""
     config = TrainConfig(**TINY | options)
     torch.manual_seed(seed)
-    model = Llama(config.shape(), kernels.select(spec, config.n_layers), dtype)
+    model = Llama(config.shape(), kernels.select(spec, config.n_layers), dtype, recompute=recompute)
     return Trainer(model.to(device), config, World())
 
 
