@@ -9,6 +9,7 @@ import tyro
 from training.command_line import from_toml
 from training.errors import UserError
 from training.log.console import printable
+from training.machine import out_of_memory_is_told
 from training.stopping import exit_statuses
 
 
@@ -49,7 +50,7 @@ class GenerateConfig:
 
 def main() -> None:
     """Parse the command line and print the text. A user's mistake is one line on stderr and exit status 2."""
-    with exit_statuses():
+    with exit_statuses(), out_of_memory_is_told("lower --max-new-tokens, or take --device cpu"):
         config = tyro.cli(GenerateConfig, description=GenerateConfig.__doc__)
         config.check()
         print(printable(generate(config), sys.stdout.encoding or "utf-8"))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from training import run_folder
@@ -10,7 +11,10 @@ from training.command_line import parse, to_toml
 from training.config import TrainConfig
 from training.errors import UserError
 from training.log.console import complain, say
+from training.machine import out_of_memory_is_told, require_compiler, require_memory
 from training.stopping import StopSignal, exit_statuses
+
+LESS_MEMORY = "lower --batch-size, and raise --gradient-accumulation-steps by as much, or --max-seq-len, or take a smaller --preset"
 
 
 def main() -> None:
@@ -19,7 +23,10 @@ def main() -> None:
         config = parse(sys.argv[1:])
         # Of the processes that torchrun starts one writes, and of an evaluation alone none.
         writes = os.environ.get("RANK", "0") == "0" and not config.eval_only
-        with run_folder.owned(config.out_dir) if writes else contextlib.nullcontext():
+        with (
+            run_folder.owned(config.out_dir) if writes else contextlib.nullcontext(),
+            out_of_memory_is_told(LESS_MEMORY),
+        ):
             train(config)  # imports torch: --help and every mistake in the options have been answered by now
 
 
@@ -31,7 +38,7 @@ def train(config: TrainConfig) -> None:
     """
     import kernels
     from model import Llama, flops
-    from training import distributed
+    from training import distributed, void_options
     from training.checkpoint import state
     from training.checkpoint.saves import Saves
     from training.data.batches import Batches, prefetch
@@ -59,7 +66,10 @@ def train(config: TrainConfig) -> None:
     world = distributed.join(config)
     device = resolve_device(config, world.local_rank)
     dtype = resolve_dtype(config, device)
+    remarks = void_options.remarks(config)
     running, kernels_note = resolve_kernels(config, device)
+    require_compiler(running, device)
+    require_memory(config, device)
     if kernels_note and world.is_main:
         print(f"train.py: {kernels_note}", file=sys.stderr)
 
@@ -83,11 +93,12 @@ def train(config: TrainConfig) -> None:
     evaluation = Evaluation(config, trainer, dataset, world)
     resumed = config.init_from == "resume"
     progress, resume_note = state.resume(config, trainer, dataset) if resumed else (Progress(), "")
+    config = replace(config, which="last")  # said of this call; what is saved is resumed where it ends
 
     # ---- the records, kept by the main process. What can be refused has been by the time an earlier run's files are moved
     metrics = profiler = None
     if world.is_main:
-        notes = [resume_note]
+        notes = [resume_note, *remarks]
         if running.fused and config.capture and world.size > 1:
             notes.append(f"--fused: with {world.size} processes a step is not captured as a CUDA graph")
         metrics = Metrics.of_run(config, progress.step)

@@ -5,7 +5,7 @@ Defaults come from the preset, then from the run being resumed, then from a TOML
 
 import argparse
 import difflib
-import re
+import os
 import tomllib
 import typing
 from dataclasses import asdict, fields, replace
@@ -15,11 +15,13 @@ from typing import Literal
 import tomli_w
 import tyro
 
-from kernels import grammar
 from model.config import option
 from training import run_folder
 from training.config import TrainConfig, defaults, preset_options
 from training.errors import UserError
+
+PATHS = ("config", "data", "data_dir", "tokenizer", "out_dir", "init_from")
+"""Options that name a file or a folder, or may."""
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -28,8 +30,10 @@ def parse(arguments: list[str]) -> TrainConfig:
     Raises UserError for an unknown option and a mistake in a value or in a file of defaults, and SystemExit as tyro does:
     status 0 after --help, 2 for a value of another type.
     """
-    arguments = _joined(arguments)
+    arguments = _spelled_out(arguments)
     early = _read_ahead(arguments)
+    if early.get("config") == "":
+        raise UserError("--config is empty; name a TOML file, or leave it out")
     if early.pop("optimizer", "") == "fused-adamw":
         raise UserError("--optimizer fused-adamw is now --kernels adamw, which --fused and --kernels all include")
     file = _read_toml(Path(early["config"]), "--config") if "config" in early else {}
@@ -37,7 +41,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     preset = asked.get("preset")
     base = defaults(preset or "reference", asked.get("device", "auto"))
     if asked.get("init_from") == "resume" and not {"-h", "--help"} & set(arguments):
-        base = _resumed(base, asked.get("out_dir", base.out_dir), preset)
+        base = _resumed(base, asked.get("out_dir", base.out_dir), preset, asked.get("which", base.which))
     base = replace(base, **file)
     config, unknown = tyro.cli(
         TrainConfig, args=arguments, default=base, description=TrainConfig.__doc__, return_unknown_args=True
@@ -46,44 +50,87 @@ def parse(arguments: list[str]) -> TrainConfig:
         if not unknown[0].startswith("-"):
             raise UserError(f"unexpected {unknown[0]!r}; options are --name value, and switches --name or --no-name")
         raise UserError(_unknown_option(unknown[0].partition("=")[0], [option(name) for name in _spellings()]))
+    config = replace(config, **_with_home(vars(config)))
     config.check()
     return config
 
 
-def _joined(arguments: list[str]) -> list[str]:
-    """`--kernels -rope` as one word: a parser takes a word that begins with a dash for an option."""
-    joined: list[str] = []
-    for word in arguments:
-        switch = re.match(r"-([a-z_]+)", word)
-        if joined and joined[-1] == "--kernels" and switch and switch[1] in grammar.SWITCHES:
-            joined[-1] += f"={word}"
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """A command line as the parser proper takes it, which reads a word that begins with a dash as an option.
+
+    `--kernels -rope` becomes one word, and `--compile=False`, as llama2.c has it, becomes `--no-compile`. UserError for an
+    option that has no value.
+    """
+    types = typing.get_type_hints(TrainConfig)
+    fields_by_word = {f"--{name}": field for name, field in _spellings().items()}
+    fields_by_word |= {option(name): field for name, field in _spellings().items()}
+    negated = {"--no" + word[1:] for word, field in fields_by_word.items() if types[field] is bool}
+    spelled: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, has_value, value = word.partition("=")
+        field = fields_by_word.get(name)
+        if field is None:
+            spelled.append(word)
+        elif types[field] is bool:
+            spelled.append(_switch(name, value) if has_value else word)
+        elif has_value or not (rest and rest[0].startswith("-")):
+            if not (has_value or rest):
+                raise UserError(f"{name} needs a value")
+            spelled += [word] if has_value else [word, rest.pop(0)]
         else:
-            joined.append(word)
-    return joined
+            value = rest.pop(0)
+            known = value.partition("=")[0] in {*fields_by_word, *negated, "--help", "-h"}
+            if known or value.startswith("--"):
+                other = (
+                    "" if known else f", and {value} is no option; a value that begins with a dash is {name}={value}"
+                )
+                raise UserError(f"{name} needs a value{other}")
+            spelled.append(f"{name}={value}")
+    return spelled
+
+
+def _switch(name: str, value: str) -> str:
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"{name} is {value!r}; it is a switch: {name} or --no{name[1:]}")
+    return name if value.lower() == "true" else f"--no{name[1:]}"
+
+
+def _with_home(options: dict) -> dict:
+    """Those of the options that name files, with ~ as the home directory: no shell has seen what stands in a TOML file."""
+    return {name: os.path.expanduser(options[name]) for name in PATHS if name in options}
 
 
 def _read_ahead(arguments: list[str]) -> dict[str, str]:
     """The options that decide the defaults of the others, read before the parser proper, which says what is wrong with them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "out_dir", "init_from", "device", "optimizer"):
+    for name in ("preset", "config", "out_dir", "init_from", "which", "device", "optimizer"):
         parser.add_argument(option(name), f"--{name}", dest=name, default=argparse.SUPPRESS)
     try:
-        return vars(parser.parse_known_args(arguments)[0])
+        early = vars(parser.parse_known_args(arguments)[0])
     except argparse.ArgumentError:
         return {}
+    return early | _with_home(early)
 
 
-def _resumed(base: TrainConfig, out_dir: str, preset: str | None) -> TrainConfig:
-    """The configuration of the run in `out_dir`, under the preset's where the command line or the file names another."""
+def _resumed(base: TrainConfig, out_dir: str, preset: str | None, which: str) -> TrainConfig:
+    """The configuration of the run in `out_dir`, of its checkpoint `which`.
+
+    Under the preset's, where the command line or the file names another.
+    """
     try:
-        path = run_folder.find(out_dir) / "config.toml"
+        folder = run_folder.find(out_dir, which)
     except UserError as error:
         raise UserError(f"--init-from resume: {error}") from None
-    saved = replace(base, **_read_toml(path, "--init-from resume"))
+    try:
+        saved = replace(base, **_read_toml(folder / "config.toml", "--init-from resume"))
+    except UserError as error:
+        raise UserError(f"{error}{run_folder.others_than(folder)}") from None
     if preset not in (None, saved.preset):
         saved = replace(saved, **preset_options(preset))
     # What was said of that call, not of the run; and the folder may have been moved since.
-    return replace(saved, config="", eval_only=False, profile=False, init_from="resume", out_dir=out_dir)
+    return replace(saved, config="", eval_only=False, profile=False, init_from="resume", which="last", out_dir=out_dir)
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -98,7 +145,7 @@ def from_toml(text: str, name: str) -> TrainConfig:
 
 def _read_toml(path: Path, source: str) -> dict:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except OSError as error:
         raise UserError(f"{source}: {path} could not be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, or not TOML
@@ -126,7 +173,7 @@ def _options(table: dict, path: str) -> dict:
             if type(value) is not wanted:
                 raise UserError(f"{path}: {key} is {value!r}, of type {type(value).__name__}; wanted {wanted.__name__}")
         options[name] = value
-    return options
+    return options | _with_home(options)
 
 
 def _as_spelled_now(table: dict) -> dict:

@@ -76,6 +76,8 @@ class TrainConfig(LlamaConfig):
     """Folder of the run: checkpoints, metrics, the loss curve."""
     init_from: Literal["scratch", "resume"] = "scratch"
     """Start anew, or continue from the last checkpoint in out_dir, to the bit."""
+    which: str = "last"
+    """Checkpoint that --init-from resume continues: last, best or a name such as step-00000400."""
 
     # How long, how often
     max_iters: int = 100_000

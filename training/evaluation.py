@@ -7,6 +7,7 @@ from training.config import TrainConfig
 from training.data.batches import Batch, Batches, prefetch
 from training.data.shards import Dataset
 from training.distributed import World
+from training.errors import UserError
 from training.log.metrics import Metrics
 from training.progress import Progress
 from training.step.trainer import Trainer
@@ -21,7 +22,13 @@ class Evaluation:
     def __init__(self, config: TrainConfig, trainer: Trainer, dataset: Dataset, world: World):
         self._config, self._trainer, self._dataset, self._world = config, trainer, dataset, world
         self._device = trainer.model.cos.device
-        self._train, self._val = (Batches.of_run(config, shards, 1) for shards in (dataset.train, dataset.val))
+        self._train = Batches.of_run(config, dataset.train, 1)
+        try:
+            self._val = Batches.of_run(config, dataset.val, 1)
+        except UserError as error:
+            own = config.data == "tinystories"  # which has a validation split of its own
+            more = "" if own else f", or hold more of it out: --val-fraction is {config.val_fraction}"
+            raise UserError(f"{error}{more}") from None
         self._prompt = [dataset.tokenizer.bos_id, *dataset.tokenizer.encode(config.sample_prompt)]
 
     def report(self, progress: Progress, metrics: Metrics | None) -> bool:

@@ -45,6 +45,12 @@ def step_folders(out_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
+def others_than(checkpoint: Path) -> str:
+    """How to take another checkpoint of the same run, newest first, in words to put behind what is wrong with this one."""
+    names = [folder.name for folder in reversed(step_folders(checkpoint.parent)) if folder.name != checkpoint.name]
+    return f"; take another with --which: {', '.join(names)}" if names else ""
+
+
 def pointed_at(out_dir: Path, pointer: str) -> str | None:
     """The name in the file `last` or `best`; None where there is none."""
     try:

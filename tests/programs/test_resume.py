@@ -298,24 +298,50 @@ def test_another_vocabulary_is_refused(short, tmp_path):
 def test_another_text_is_refused(short, tmp_path, text):
     tokenizer = short / "step-00000002" / "tokenizer.model"
     other = write_text(tmp_path / "other.txt", documents=190)
-    message = r"was trained with another text than --data .*other\.txt gives now \(data_fingerprint"
+    message = (
+        r"was trained with another text than --data .*other\.txt gives now: --data is .*other\.txt, was .*text\.txt"
+    )
     refused(resume(short, data=other, data_dir=tmp_path, tokenizer=tokenizer), message)
-    refused(resume(short, val_fraction=0.1, data_dir=tmp_path, tokenizer=tokenizer), "another text")
+    # Of another text another tokenizer is trained, which is not what has to be mended.
+    refused(resume(short, data=other, data_dir=tmp_path), message)
+    for options in ({"tokenizer": tokenizer}, {}):
+        refused(
+            resume(short, val_fraction=0.1, data_dir=tmp_path, **options),
+            r"was trained with another text than --data .* gives now: --val-fraction is 0\.1, was 0\.05",
+        )
 
 
-def test_another_tokenizer_is_refused(short, tmp_path):
-    message = r"was trained with another tokenizer than --data .*other\.txt gives now \(tokenizer_hash"
-    refused(resume(short, data=write_text(tmp_path / "other.txt", documents=190), data_dir=tmp_path), message)
+def test_a_text_that_has_changed_under_its_name_is_refused(tmp_path):
+    options = {"data": write_text(tmp_path / "text.txt", documents=200), "data_dir": tmp_path / "data"}
+    assert call(train, arguments(**TINY | options | {"out_dir": tmp_path / "out", "max_iters": 1})).status == 0
+    write_text(tmp_path / "text.txt", documents=190)
+    refused(
+        resume(tmp_path / "out"),
+        r"another text than --data .*text\.txt gives now: data_fingerprint \w{12}, found \w{12}\n$",
+    )
 
 
-def test_a_damaged_checkpoint_is_refused(short, tmp_path):
-    folder = tmp_path / "damaged"
-    shutil.copytree(short, folder)
-    path = folder / "step-00000002" / "optimizer.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-    refused(resume(folder), r"optimizer\.safetensors is damaged: its SHA-256")
+def test_another_tokenizer_is_refused(short, text, tmp_path, run):
+    other = {
+        "data": write_text(tmp_path / "other.txt", documents=190),
+        "data_dir": tmp_path,
+        "out_dir": tmp_path / "out",
+    }
+    assert run(**other, max_iters=1).status == 0
+    tokenizer = tmp_path / "out" / "step-00000001" / "tokenizer.model"
+    message = r"another tokenizer than --data .*text\.txt gives now: --tokenizer is .*tokenizer\.model, was empty\n$"
+    refused(resume(short, tokenizer=tokenizer), message)
+
+
+@pytest.mark.fault(
+    "a resumed run evaluates otherwise than before", "it says that the best loss so far was measured otherwise"
+)
+def test_a_best_loss_that_was_measured_otherwise_is_told(whole):
+    result = resume(whole(max_iters=HALF), max_iters=HALF + 1, eval_iters=1)
+    assert re.search(
+        r"; its best val loss, \d\.\d{4}, was measured otherwise \(--eval-iters is 1, was 2\), and later ones are compared",
+        result.out,
+    )
 
 
 def test_no_checkpoint_is_refused(tmp_path):

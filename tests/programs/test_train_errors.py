@@ -10,6 +10,8 @@ import torch
 
 from tests.support import run_testing
 from tests.support.run_testing import ROOT, Result
+from training import machine
+from training.step.trainer import Trainer
 
 BEFORE_TORCH = [
     ("--help", 0, ""),
@@ -25,6 +27,8 @@ BEFORE_TORCH = [
     ("--optimizer fused-adamw", 2, "--optimizer fused-adamw is now --kernels adamw"),
     ("--config nowhere.toml", 2, "nowhere.toml could not be read: No such file"),
     ("--init-from resume --out-dir nowhere", 2, "there is no checkpoint 'last' in nowhere, which is no folder"),
+    ("--compile=maybe", 2, "--compile is 'maybe'; it is a switch: --compile or --no-compile"),
+    ("--sample-prompt caf\udce9", 2, "--sample-prompt is 'caf\\udce9', which is not UTF-8 text"),
     (f"--out-dir {__file__}/out", 2, "cannot be written: Not a directory"),
 ]
 
@@ -99,7 +103,10 @@ def test_bad_text_is_refused(run, tmp_path, content, message):
     ("options", "message"),
     [
         ({"batch_size": 1000}, r"the train split of text\.txt is too short: .* a step takes 1000 \(--batch-size"),
-        ({"batch_size": 100}, r"the val split of text\.txt is too short"),
+        (
+            {"batch_size": 100},
+            r"the val split of text\.txt is too short: .*, or hold more of it out: --val-fraction is 0\.05\n$",
+        ),
         ({"vocab_size": 10**5}, "--vocab-size is 100000, allowed for this text: up to"),
         ({"tokenizer": "nowhere.model"}, r"--tokenizer nowhere\.model: No such file"),
         ({"tokenizer": __file__}, r"--tokenizer .*test_train_errors\.py is not a sentencepiece model"),
@@ -168,6 +175,29 @@ def test_a_dtype_that_the_device_does_not_have_is_refused(run, monkeypatch):
         "--dtype is float16, which cpu does not have .*not implemented.*try one of float32, bfloat16",
     )
     assert run(dtype="float32", max_iters=1).status == 0
+
+
+@pytest.mark.fault("`--compile` without a C++ compiler", "one line, before the first step, with the ways on")
+def test_a_compiler_that_is_not_there_is_asked_for(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    refused(run(compile=True), r"--compile needs a C\+\+ compiler, and g\+\+ was not found; .* or say --no-compile")
+    assert run(max_iters=1).status == 0
+
+
+@pytest.mark.fault("a model larger than the machine's memory", "one line with both sizes, before anything is made")
+def test_a_model_larger_than_memory_is_refused(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 2**17)
+    refused(
+        run(), r"--preset smoke has 12,560 parameters, which with .* moments take 0\.0 GiB, and cpu has 0\.0; choose a"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.fault("memory runs out during a step", "one line with what to lower, and status 2")
+def test_memory_that_runs_out_in_a_step_is_told(run, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", lambda self, *_: torch.empty(2**60, dtype=torch.uint8))
+    refused(run(), r"error: out of memory: .*; lower --batch-size, and raise --gradient-accumulation-steps by as much")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

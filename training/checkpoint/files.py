@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from training.errors import UserError
-from training.run_folder import STEP_FOLDER, find, pointed_at, step_folders
+from training.run_folder import STEP_FOLDER, find, others_than, pointed_at, step_folders
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -130,11 +130,19 @@ def load(path: str | Path, which: str = "last") -> Checkpoint:
     """Open the checkpoint folder `path`, or the one that `find(path, which)` names, and verify every file of it.
 
     Raises UserError where there is none, a file is missing or its bytes are not those that were saved, or the format is
-    of another version.
+    of another version; in a run's folder with the other checkpoints that there are.
     """
     path = Path(path)
-    if not (path / MANIFEST).is_file() and not STEP_FOLDER.fullmatch(path.name):
-        path = find(path, which)
+    if (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name):
+        return _read(path)
+    path = find(path, which)
+    try:
+        return _read(path)
+    except UserError as error:
+        raise UserError(f"{error}{others_than(path)}") from error
+
+
+def _read(path: Path) -> Checkpoint:
     try:
         files = _verified_files(path)
         state = json.loads((path / "state.json").read_bytes())

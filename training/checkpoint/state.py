@@ -19,7 +19,11 @@ from training.step.trainer import Trainer
 
 SHAPE = {f.name for f in fields(LlamaConfig)} - {"dropout"}
 """Options that a resumed run may not change: they fix the parameters and what is computed with them."""
-OF_ONE_CALL = {"config", "out_dir", "init_from", "eval_only", "profile"}
+OF_THE_TEXT = {"data", "split_text", "text_field", "val_fraction"}
+"""Options that decide on which text a run is trained."""
+OF_AN_EVALUATION = {"eval_iters", "batch_size", "packed_documents"}
+"""Options that decide on which tokens, and with which of them in sight, a loss is measured."""
+OF_ONE_CALL = {"config", "out_dir", "init_from", "which", "eval_only", "profile"}
 """Options that are about one call of train.py: another value of theirs is no change of the run, and is not reported."""
 
 
@@ -61,11 +65,11 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
 
 
 def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Progress, str]:
-    """Put back the last checkpoint in out_dir. Returns where the run is, and what there is to say of it.
+    """Put back the checkpoint in out_dir that --which names. Returns where the run is, and what there is to say of it.
 
     UserError where there is none, it is damaged, of another model, tokenizer or text, or past the run's end.
     """
-    saved = checkpoint.load(config.out_dir)
+    saved = checkpoint.load(config.out_dir, config.which)
     former = from_toml(saved.config_toml, str(saved.path / "config.toml"))
     other_shape = _changed(config, former, SHAPE)
     if other_shape:
@@ -74,14 +78,19 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
         raise UserError(
             f"--optimizer is {config.optimizer}, and {saved.path} was trained with {former.optimizer}; their states differ"
         )
-    for key, found, what in (
-        ("tokenizer_hash", dataset.tokenizer.hash, "tokenizer"),
-        ("data_fingerprint", dataset.fingerprint, "text"),
+    for key, found, what, options in (
+        (
+            "data_fingerprint",
+            dataset.fingerprint,
+            "text",
+            OF_THE_TEXT,
+        ),  # first: another text has another tokenizer, too
+        ("tokenizer_hash", dataset.tokenizer.hash, "tokenizer", {"tokenizer"}),
     ):
         if saved.state[key] != found:
+            why = _changed(config, former, options) or f"{key} {saved.state[key][:12]}, found {found[:12]}"
             raise UserError(
-                f"--init-from resume: {saved.path} was trained with another {what} than --data {config.data} gives now "
-                f"({key} {saved.state[key][:12]}, found {found[:12]})"
+                f"--init-from resume: {saved.path} was trained with another {what} than --data {config.data} gives now: {why}"
             )
     if saved.step > config.max_iters:
         raise UserError(f"--max-iters is {config.max_iters}, and {saved.path} has {saved.step} steps behind it")
@@ -102,13 +111,21 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
     best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
     changed = _changed(config, former, {f.name for f in fields(TrainConfig)} - OF_ONE_CALL)
     note = f"resuming {saved.path}" + (f" with other options: {changed}" if changed else "")
+    if best < math.inf and (measured := _changed(config, former, OF_AN_EVALUATION)):
+        note += (
+            f"; its best val loss, {best:.4f}, was measured otherwise ({measured}), and later ones are compared with it"
+        )
     return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"], saved.step), note
 
 
 def _changed(config: TrainConfig, former: TrainConfig, names: set[str]) -> str:
     """Those of the options that are not what they were, in words."""
     return ", ".join(
-        f"{option(f.name)} is {getattr(config, f.name)}, was {getattr(former, f.name)}"
+        f"{option(f.name)} is {_shown(getattr(config, f.name))}, was {_shown(getattr(former, f.name))}"
         for f in fields(TrainConfig)
         if f.name in names and getattr(config, f.name) != getattr(former, f.name)
     )
+
+
+def _shown(value: object) -> str:
+    return "empty" if value == "" else str(value)

@@ -1,0 +1,63 @@
+"""Options that make each other void are told, and those that do not are not."""
+
+import pytest
+
+from training.config import RUNS, TrainConfig, defaults
+from training.step.schedule import learning_rate
+from training.void_options import remarks
+
+
+@pytest.mark.parametrize("preset", ["reference", *RUNS])
+def test_of_the_presets_nothing_is_told(preset):
+    assert remarks(defaults(preset)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"max_iters": 200},
+            "--warmup-iters 1000 is not less than --max-iters 200: the learning rate only rises, to 0.0001 of 0.0005",
+        ),
+        ({"max_iters": 1000}, "to 0.0005 of 0.0005, and never decays"),
+        ({"min_lr": 5e-4}, "--min-lr is --learning-rate, 0.0005: the learning rate never decays"),
+        ({"decay_lr": False}, "throughout; --warmup-iters 1000 has no effect"),
+        (
+            {"decay_lr": False, "warmup_iters": 0, "min_lr": 1e-4, "schedule": "wsd", "decay_iters": 5},
+            "--min-lr 0.0001, --schedule wsd, --decay-iters 5 have no effect",
+        ),
+        ({"decay_iters": 5}, "--decay-iters 5 has no effect: --schedule cosine decays all along"),
+        ({"schedule": "wsd", "max_iters": 4, "warmup_iters": 0}, "a fifth of --max-iters 4, which is no step"),
+        ({"schedule": "wsd", "max_iters": 1200}, "--warmup-iters 1000 ends within the last 240 steps of 1200"),
+        ({"sample_prompt": "Once", "sample_tokens": 0}, "--sample-prompt has no effect: --sample-tokens is 0"),
+        ({"which": "best"}, "--which best has no effect: --init-from is scratch"),
+        ({"wandb_run_name": "mine"}, "--wandb-run-name has no effect without --wandb-log"),
+    ],
+)
+def test_what_is_void_is_told(options, told):
+    (remark,) = remarks(TrainConfig(**options))
+    assert told in remark
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_iters": 1001},
+        {"max_iters": 1250, "schedule": "wsd"},
+        {"decay_lr": False, "warmup_iters": 0},
+        {"schedule": "wsd", "decay_iters": 5},
+        {"which": "best", "init_from": "resume"},
+        {"sample_prompt": "Once"},
+    ],
+)
+def test_what_has_its_effect_is_not_told(options):
+    assert remarks(TrainConfig(**options)) == []
+
+
+def test_what_is_told_of_the_schedule_is_what_it_does():
+    rising = TrainConfig(max_iters=200)
+    assert learning_rate(rising, 199) == pytest.approx(1e-4)
+    flat = TrainConfig(schedule="wsd", max_iters=4, warmup_iters=0)
+    assert {learning_rate(flat, step) for step in range(4)} == {5e-4}
+    jumping = TrainConfig(schedule="wsd", max_iters=1200)
+    assert [learning_rate(jumping, step) for step in (999, 1000)] == pytest.approx([5e-4, 5e-4 * 5 / 6])
