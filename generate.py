@@ -1,38 +1,63 @@
 """Text from a checkpoint: `python generate.py out --prompt "def "`."""
 
 import sys
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from kernels import grammar
+from model.config import option
 from training.command_line import from_toml
+from training.config import why_no_kernels
 from training.errors import UserError
 from training.log.console import printable
+from training.log.transcript import GrowingText, Transcript
 from training.machine import out_of_memory_is_told
 from training.stopping import exit_statuses
 
 
 @dataclass(kw_only=True)
 class GenerateConfig:
-    """Continue a prompt with a trained model."""
+    """Continue prompts with a trained model. Texts go to stdout as they grow, the speed to stderr."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")] = "out"
     """A run's folder, or one checkpoint in it such as out/step-00000400."""
     which: str = "last"
     """Checkpoint of a run's folder: last, best, or its name."""
-    prompt: str = ""
-    """Text to continue; empty: from the start of a document."""
+    prompt: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """Text to continue; none, or an empty one: from the start of a document. Can be given several times."""
+    prompts_file: str = ""
+    """A text file with more prompts, one a line; empty lines are left out."""
+    batch_size: int = 8
+    """Prompts that are continued at once."""
     max_new_tokens: int = 200
-    """Tokens to add, at most; the sequence ends at the model's max_seq_len."""
+    """Tokens to add to each, at most; a sequence ends at the model's max_seq_len."""
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token every time."""
     top_k: int = 0
     """Draw from the likeliest k tokens; 0: from all."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this many times as likely as the likeliest; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the text has become less likely."""
     seed: int = 1337
-    """Seed of the random draws."""
+    """Seed of the draws. A prompt gets the same text alone and beside others; one given twice gets two texts."""
+    stop: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """A text ends before this. Can be given several times."""
+    interactive: bool = False
+    """Write on together: each line that you type is put behind the text, and the model goes on; Ctrl-D ends."""
+    compile: bool = False
+    """torch.compile the step of one token: it takes long to start, and is faster from then on."""
+    kernels: str = "auto"
+    """Triton kernels, as in training; auto: all of them on a GPU."""
+    capture: bool = True
+    """On a GPU: record the step of one token as a CUDA graph."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -40,56 +65,174 @@ class GenerateConfig:
 
     def check(self) -> None:
         """Raise UserError, naming the option, what was found and what is allowed."""
-        for name in ("max_new_tokens", "temperature", "top_k", "seed"):
-            value = getattr(self, name)
-            if not (0 <= value < 2**63):
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 0, and finite")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p is {self.top_p}; it must be more than 0 and at most 1")
+        for name, allowed, words in (
+            ("max_new_tokens", 0 <= self.max_new_tokens < 2**63, "at least 0"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0, and finite"),
+            ("top_k", 0 <= self.top_k < 2**63, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0, and finite"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0, and less than 2^63"),
+        ):
+            if not allowed:
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be {words}")
+        if "" in self.stop:
+            raise UserError("--stop is empty, which every text begins with; name a text")
+        if self.interactive and (self.prompts_file or len(self.prompt) > 1):
+            raise UserError("--interactive goes on with one text; give one --prompt at most, and no --prompts-file")
 
 
 def main() -> None:
-    """Parse the command line and print the text. A user's mistake is one line on stderr and exit status 2."""
-    with exit_statuses(), out_of_memory_is_told("lower --max-new-tokens, or take --device cpu"):
+    """Parse the command line and print the texts. A user's mistake is one line on stderr and exit status 2."""
+    with exit_statuses(), out_of_memory_is_told("lower --batch-size or --max-new-tokens, or take --device cpu"):
         config = tyro.cli(GenerateConfig, description=GenerateConfig.__doc__)
         config.check()
-        print(printable(generate(config), sys.stdout.encoding or "utf-8"))
+        prompts = read_prompts(config)
+        writer = Writer(config)
+        if config.interactive:
+            writer.converse(prompts[0][1])
+        else:
+            writer.write(prompts)
 
 
-def generate(config: GenerateConfig) -> str:
-    """The prompt and its continuation. UserError for a checkpoint that is not there or damaged, or a prompt too long."""
+def read_prompts(config: GenerateConfig) -> list[tuple[str, str]]:
+    """Each prompt behind the words that name it in a message. UserError for a file that can't be read or holds none."""
+    prompts = [("--prompt", text) for text in config.prompt]
+    if path := config.prompts_file:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"--prompts-file {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts-file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        of_file = [(f"--prompts-file {path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+        if not of_file:
+            raise UserError(f"--prompts-file {path} holds no prompt; one a line is wanted")
+        prompts += of_file
+    return prompts or [("--prompt", "")]
+
+
+def load(config: GenerateConfig):
+    """The model that `config.checkpoint` names, on its device, and its tokenizer. UserError where it can't be had."""
     import kernels
-    from model import Llama, generation, huggingface
+    from model import Llama, huggingface
     from training.checkpoint import files as checkpoint
     from training.data.tokenizer import tokenizer_of
     from training.device import resolve_device, resolve_dtype
 
     saved = checkpoint.load(config.checkpoint, config.which)
     run = from_toml(saved.config_toml, str(saved.path / "config.toml"))
-    # Decoding uses the torch twins: a row of one token is no work for a kernel.
-    run = replace(run, device=config.device, dtype=config.dtype, fused=False, kernels="", wandb_log=False)
+    spec = "none" if config.kernels == "auto" else config.kernels
+    # What a run was trained with does not bind who reads it.
+    run = replace(run, device=config.device, dtype=config.dtype, fused=False, kernels=spec, wandb_log=False)
     run.check()
     device = resolve_device(run)
+    if config.kernels == "auto" and device.type == "cuda" and not why_no_kernels(run, has_gpu=True):
+        spec = "all" if grammar.attention_serves(run.head_dim) else "all,-attention"
     with device:
-        model = Llama(run.shape(), kernels.select("none", run.n_layers), resolve_dtype(run, device))
+        model = Llama(run.shape(), kernels.select(spec, run.n_layers), resolve_dtype(run, device))
     model.load_state_dict(huggingface.pack(run.shape(), saved.tensors("model")), strict=True)
     model.refresh_compute_weights()
-    tokenizer = tokenizer_of(saved.tokenizer_name, saved.tokenizer, run.document_token)
-    prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
-    try:
-        new = generation.generate(
-            model,
-            prompt,
-            config.max_new_tokens,
+    return model.eval(), tokenizer_of(saved.tokenizer_name, saved.tokenizer, run.document_token)
+
+
+class Writer:
+    """A model and its tokenizer at work: prompts in, texts out on stdout."""
+
+    def __init__(self, config: GenerateConfig):
+        from model.sampling import Sampling
+
+        self._config = config
+        self._model, self._tokenizer = load(config)
+        self._sampling = Sampling(
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            seed=config.seed,
-            stop_token=tokenizer.bos_id,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
         )
-    except ValueError as error:
-        raise UserError(f"--prompt: {error}") from None
-    return tokenizer.decode(prompt[1:] + new)
+
+    def write(self, prompts: list[tuple[str, str]]) -> None:
+        """Continue the prompts, given with what they are called. UserError, before a text is begun, where one can't be."""
+        tokens = [self._encode(text, name) for name, text in prompts]
+        transcript = Transcript(len(tokens))
+        at_once = self._config.batch_size
+        start, n_new = time.perf_counter(), 0
+        for first in range(0, len(tokens), at_once):
+            n_new += len(self._continue(tokens[first : first + at_once], transcript, first))
+        self._report(n_new, time.perf_counter() - start)
+
+    def converse(self, text: str) -> None:
+        """Put what is typed behind the text, a line at a time, and let the model go on. UserError where its context is full."""
+        if text:
+            print(printable(text, sys.stdout.encoding or "utf-8"))
+        for line in map(str.rstrip, sys.stdin):
+            text += line
+            new = self._continue([self._encode(text, "the text")], Transcript(1), 0, with_prompt=False)
+            text += self._tokenizer.decode(new)
+
+    def _encode(self, text: str, name: str) -> list[int]:
+        """The tokens of a prompt, behind the one that opens a document."""
+        tokenizer, limit = self._tokenizer, self._model.config.max_seq_len
+        for character in sorted(set(text)):
+            if character not in tokenizer.decode(tokenizer.encode(f"a{character}a")):
+                raise UserError(f"{name} has {character!r}, for which this model's tokenizer has no token")
+        tokens = tokenizer.encode(text, bos=True)
+        if len(tokens) >= limit:
+            raise UserError(
+                f"{name} has {len(tokens)} tokens; the model's max_seq_len is {limit}, so {limit - 1} are allowed"
+            )
+        return tokens
+
+    def _continue(
+        self, prompts: list[list[int]], transcript: Transcript, first: int, with_prompt: bool = True
+    ) -> list[int]:
+        """Print a batch of texts, the first of which is the transcript's number `first`. Returns all new tokens."""
+        from model.generation import generate
+
+        bos, config = self._tokenizer.bos_id, self._config
+        texts = [GrowingText(self._tokenizer, prompt[1:], config.stop) for prompt in prompts]
+        for i, text in enumerate(texts if with_prompt else ()):
+            transcript.write(first + i, text.prompt)
+
+        def on_token(i: int, token: int) -> bool:
+            transcript.write(first + i, texts[i].write(token))
+            return texts[i].ended
+
+        def on_end(i: int) -> None:
+            transcript.write(first + i, texts[i].close())
+            transcript.end(first + i)
+
+        new = generate(
+            self._model,
+            prompts,
+            config.max_new_tokens,
+            self._sampling,
+            seed=config.seed,
+            stop_token=bos,
+            ops=self._model.ops,
+            wrap=self._wrap,
+            on_token=on_token,
+            on_end=on_end,
+        )
+        return [token for tokens in new for token in tokens]
+
+    def _wrap(self, step: Callable[[], None]) -> Callable[[], None]:
+        """The step of one token, compiled and captured as asked for."""
+        import torch
+
+        from training.step.capture import Captured
+
+        if self._config.compile:
+            step = torch.compile(step, fullgraph=True, dynamic=False)
+        on_gpu = self._model.cos.is_cuda
+        return Captured(step, torch.cuda.Stream()) if on_gpu and self._config.capture else step
+
+    @staticmethod
+    def _report(tokens: int, seconds: float) -> None:
+        sys.stdout.flush()
+        print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 
 from model import generation
+from model.sampling import Sampling
 from training.config import TrainConfig
 from training.data.batches import Batch, Batches, prefetch
 from training.data.shards import Dataset
@@ -74,5 +75,6 @@ class Evaluation:
             return None
         prompt = self._prompt[: config.max_seq_len - 1]
         model = self._trainer.model
-        new = generation.generate(model, prompt, config.sample_tokens, temperature=0.8, seed=config.seed)
+        sampling = Sampling(temperature=0.8)
+        (new,) = generation.generate(model, [prompt], config.sample_tokens, sampling, seed=config.seed)
         return tokenizer.decode(prompt[1:] + new)

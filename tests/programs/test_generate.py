@@ -1,5 +1,6 @@
 """generate.py from the outside: the same text from the same seed, and what is said of bad input."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import generate
 import train
 from tests.support.run_testing import ROOT, TINY, Result, arguments, call, edit_config, finish, start, write_text
+from training.log import transcript
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +27,13 @@ def run(tmp_path_factory) -> Path:
     return folder / "out"
 
 
+SPEED = r"\d+ tokens in \d+\.\d\d s: \d+\.\d tokens/s\n"
+
+
 def text_of(*words: str | Path, device: str = "cpu") -> str:
     result = call(generate, [str(word) for word in words] + [f"--device={device}"])
-    assert (result.status, result.err) == (0, "")
+    assert result.status == 0, result.err
+    assert re.fullmatch(SPEED, result.err), result.err
     return result.out
 
 
@@ -44,7 +50,8 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(run):
 
 def test_a_program_of_its_own_writes_the_same_text(run):
     result = finish(start("generate.py", [str(run), "--seed=3", "--prompt=the", "--device=cpu"]))
-    assert (result.status, result.err) == (0, "")
+    assert result.status == 0, result.err
+    assert re.fullmatch(SPEED, result.err), result.err
     assert result.out == text_of(run, "--seed=3", "--prompt=the")
 
 
@@ -110,7 +117,7 @@ def test_a_terminal_that_knows_only_ascii_gets_escapes(run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--prompt=" + "x" * 100, r"--prompt: prompt has \d+ tokens; it must have from 1 to 63"),
+        ("--prompt=" + "x" * 100, r"--prompt has \d+ tokens; the model's max_seq_len is 64, so 63 are allowed"),
         (
             "--which=step-00000007",
             "there is no checkpoint 'step-00000007' in .*, which holds step-00000030, step-00000060",
@@ -123,6 +130,12 @@ def test_a_terminal_that_knows_only_ascii_gets_escapes(run):
         ("--top-p=0", "--top-p is 0.0; it must be more than 0 and at most 1"),
         ("--top-p=1.5", "--top-p is 1.5"),
         ("--top-p=nan", "--top-p is nan"),
+        ("--min-p=2", "--min-p is 2.0; it must be at least 0 and at most 1"),
+        ("--repetition-penalty=0", "--repetition-penalty is 0.0; it must be more than 0, and finite"),
+        ("--batch-size=0", "--batch-size is 0; it must be at least 1"),
+        ("--stop=", "--stop is empty"),
+        ("--prompts-file=nowhere.txt", "--prompts-file nowhere.txt: No such file"),
+        ("--prompt=\udcff", "not a text"),
         ("--seed=-1", "--seed is -1"),
         ("--max-new-tokens=-1", "--max-new-tokens is -1"),
         ("--device=tpu", "--device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
@@ -151,6 +164,85 @@ def test_a_run_of_kernels_and_their_optimizer_generates_without_them(run, tmp_pa
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     result = call(generate, [str(tmp_path), "--which=step-00000060", "--max-new-tokens=3"])
     assert result.status == 0, result.err
+
+
+# --------------------------------------------------------------------------------------------------- several prompts
+
+
+def test_several_prompts_give_the_texts_of_each_alone_in_their_order(run, tmp_path):
+    prompts = ["the cat", "old dogs ran far away from", "and"]
+    alone = [text_of(run, f"--prompt={prompt}") for prompt in prompts]
+    together = text_of(run, *[f"--prompt={prompt}" for prompt in prompts])
+    assert together.split(f"{transcript.SEPARATOR}\n") == alone
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[1:]) + "\n\n")
+    for size in (1, 2, 3):
+        words = ("--prompt=the cat", f"--prompts-file={tmp_path / 'prompts.txt'}", f"--batch-size={size}")
+        assert text_of(run, *words) == together
+
+
+def test_a_prompt_given_twice_gets_two_texts(run):
+    first, second = text_of(run, "--prompt=the", "--prompt=the").split(f"{transcript.SEPARATOR}\n")
+    assert first == text_of(run, "--prompt=the")
+    assert first != second
+
+
+def test_nothing_is_written_where_one_prompt_of_a_file_cannot_be(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the cat\n\n" + "x" * 100 + "\n")
+    result = call(generate, [str(run), "--device=cpu", f"--prompts-file={tmp_path / 'prompts.txt'}"])
+    refused(result, r"--prompts-file .*prompts\.txt, line 3 has \d+ tokens")
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\n \n", "holds no prompt"), (b"a\xff", "is not UTF-8 text: .* at byte 1")]
+)
+def test_a_file_without_prompts_is_named(tmp_path, content, message):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    refused(call(generate, [f"--prompts-file={tmp_path / 'prompts.txt'}"]), message)
+
+
+def test_a_text_ends_before_a_stop_text(run):
+    whole = text_of(run, "--prompt=the", "--temperature=0")
+    after = whole.removeprefix("the")
+    stop = after[5:9]
+    cut = text_of(run, "--prompt=the", "--temperature=0", "--stop=nowhere to be found", f"--stop={stop}")
+    assert cut == "the" + after[: after.index(stop)] + "\n"
+
+
+def test_what_is_typed_is_put_behind_the_text(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n sat on\n"))
+    words = [str(run), "--device=cpu", "--interactive", "--temperature=0", "--max-new-tokens=5"]
+    result = call(generate, words)
+    assert (result.status, result.err) == (0, "")
+    first, second, _ = result.out.split("\n")
+    assert text_of(*words[:2], *words[3:], "--prompt=the cat") == f"the cat{first}\n"
+    text = f"the cat{first} sat on"
+    assert text_of(*words[:2], *words[3:], f"--prompt={text}") == f"{text}{second}\n"
+
+
+def test_writing_on_together_ends_where_the_context_does(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n" * 9))
+    result = call(generate, [str(run), "--device=cpu", "--interactive", "--max-new-tokens=30"])
+    refused(result, r"the text has \d+ tokens; the model's max_seq_len is 64")
+    refused(call(generate, ["--interactive", "--prompt=a", "--prompt=b"]), "--interactive goes on with one text")
+
+
+def test_a_character_without_a_token_is_named(run, tmp_path, monkeypatch):
+    from training.data.tokenizer.sentencepiece_file import SentencePieceTokenizer
+
+    encode = SentencePieceTokenizer.encode
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "encode", lambda self, text, **o: encode(self, text.replace("é", ""), **o)
+    )
+    result = call(generate, [str(run), "--device=cpu", "--prompt=café"])
+    refused(result, "--prompt has 'é', for which this model's tokenizer has no token")
+
+
+def test_a_compiled_step_is_what_is_asked_for(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiled.append(options) or step)
+    assert text_of(run, "--compile") == text_of(run)
+    assert compiled == [{"fullgraph": True, "dynamic": False}]
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
