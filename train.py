@@ -1,44 +1,45 @@
 """Train a Llama: `python train.py --help`. The loop of a run, read from top to bottom; its parts are in training/."""
 
 import contextlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from training import run_folder
+from training import distributed, launcher, run_folder
 from training.command_line import parse, to_toml
 from training.config import TrainConfig
+from training.distributed import World
 from training.errors import UserError
 from training.log.console import complain, say
 from training.machine import out_of_memory_is_told, require_compiler, require_memory
-from training.stopping import StopSignal, exit_statuses
+from training.stopping import Stopped, StopSignal, exit_statuses
 
 LESS_MEMORY = "lower --batch-size, and raise --gradient-accumulation-steps by as much, or --max-seq-len, or take a smaller --preset"
 
 
 def main() -> None:
     """Parse the command line and train. A user's mistake is one line on stderr and exit status 2."""
-    with exit_statuses():
+    with exit_statuses(speaks=launcher.speaks()) as stop:
         config = parse(sys.argv[1:])
-        # Of the processes that torchrun starts one writes, and of an evaluation alone none.
-        writes = os.environ.get("RANK", "0") == "0" and not config.eval_only
-        with (
-            run_folder.owned(config.out_dir) if writes else contextlib.nullcontext(),
-            out_of_memory_is_told(LESS_MEMORY),
-        ):
-            train(config)  # imports torch: --help and every mistake in the options have been answered by now
+        with distributed.joined(config) as world:
+            # One of many processes writes, and of an evaluation alone none.
+            writes = world.is_main and not config.eval_only
+            with (
+                run_folder.owned(config.out_dir) if writes else contextlib.nullcontext(),
+                out_of_memory_is_told(LESS_MEMORY),
+            ):
+                train(config, world, stop)  # imports torch: --help and every mistake in the options have been answered
 
 
-def train(config: TrainConfig) -> None:
-    """Run the training that `config` describes, to its end or to the first SIGTERM or Ctrl-C, which saves and returns.
+def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
+    """Run the training that `config` describes, to its end or to the first SIGTERM, SIGHUP or Ctrl-C, which saves and returns.
 
     Raises UserError for what is wrong with the data, the device or the checkpoint, and SystemExit with status 1 where
     training broke down: `max_skipped_steps` steps in a row were not finite. The state before them is saved.
     """
     import kernels
     from model import Llama, flops
-    from training import distributed, void_options
+    from training import void_options
     from training.checkpoint import state
     from training.checkpoint.saves import Saves
     from training.data.batches import Batches, prefetch
@@ -63,7 +64,6 @@ def train(config: TrainConfig) -> None:
 
     # ---- where it runs: processes, device, dtype, and the kernels that can run there
     set_determinism(config.deterministic)
-    world = distributed.join(config)
     device = resolve_device(config, world.local_rank)
     dtype = resolve_dtype(config, device)
     remarks = void_options.remarks(config)
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> None:
         print(f"train.py: {kernels_note}", file=sys.stderr)
 
     # ---- the data: text to tokens, once; then the batch of a step is a function of (seed, step)
-    with world.main_first():
+    with world.main_first("the preparation of the text"):
         dataset = prepare_for(config, show_progress=world.is_main)
     count, packed = config.gradient_accumulation_steps, config.packed_documents
     batches = Batches.of_run(config, dataset.train, count)
@@ -91,6 +91,8 @@ def train(config: TrainConfig) -> None:
         model = Llama(config.shape(), ops, dtype, recompute=config.activation_checkpointing)
     trainer = Trainer(model, running, world)
     evaluation = Evaluation(config, trainer, dataset, world)
+    if world.goes_on and run_folder.step_folders(Path(config.out_dir)):
+        config = replace(config, init_from="resume", which="last")
     resumed = config.init_from == "resume"
     progress, resume_note = state.resume(config, trainer, dataset) if resumed else (Progress(), "")
     config = replace(config, which="last")  # said of this call; what is saved is resumed where it ends
@@ -104,6 +106,7 @@ def train(config: TrainConfig) -> None:
         metrics = Metrics.of_run(config, progress.step)
         if not config.eval_only:
             notes.append(run_folder.open_run(config.out_dir, to_toml(config), resume=resumed))
+            world.mark_begun()
             metrics.open()
         graph = ", one CUDA graph a step" if trainer.captures else ""
         metrics.note(
@@ -122,55 +125,51 @@ def train(config: TrainConfig) -> None:
             profiler = profiling.trace(Path(config.out_dir) / "profile.json")
 
     # ---- the loop; a GPU's figures are read one step late, so that it never waits for a line to be printed
-    saves = Saves(config, trainer, dataset, progress, world, metrics)
-    unreadable = None
+    saves = Saves(config, trainer, dataset, progress, world, metrics, stop)
     under_way = UnderWay(config, progress, metrics, world, device, dtype)
     steps = prefetch(load, progress.step, config.max_iters, device=device)
-    try:
-        with StopSignal() as stop, contextlib.closing(steps), profiler or contextlib.nullcontext():
-            while True:
+    unreadable = None
+    with (
+        contextlib.closing(metrics) if metrics else contextlib.nullcontext(),
+        contextlib.closing(steps),
+        profiler or contextlib.nullcontext(),
+    ):
+        try:
+            while not under_way.broke_down:
                 if config.eval_only or progress.step % config.eval_interval == 0 or progress.step == config.max_iters:
                     under_way.finish()
                     if under_way.broke_down:
                         break
-                    better = evaluation.report(progress, metrics)
+                    better = evaluation.report(progress, metrics, stop)
                     if progress.step > 0 and not config.eval_only:
                         saves.after_evaluation(better)
                     under_way.restart_clock()
                 if config.eval_only or progress.step == config.max_iters:
                     break
-                try:
-                    micro_batches, valid = next(steps)
-                except UserError as error:  # a shard that was damaged meanwhile: what has been learned is saved
-                    if world.size > 1:
-                        raise
-                    under_way.finish()
-                    unreadable = error
-                    break
+                micro_batches, valid = next(steps)
+                valid, asked = world.totals(valid, stop.asked, at=f"step {progress.step}")
+                stop.heed(asked)
                 lr = learning_rate(config, progress.step)
                 if config.dropout:
                     seed_step(config.seed, progress.step, world.rank)
-                result = trainer.step(micro_batches, world.total(valid, device), lr)
-                under_way.add(progress.step, lr, result)
+                under_way.add(progress.step, lr, trainer.step(micro_batches, valid, lr))
                 progress.step += 1
+                stop.begun = True
                 under_way.finish(left=lag(device))
                 if profiler:
                     profiler.step()
-                if under_way.broke_down:
-                    break
-                if world.any(stop.asked, device):
-                    under_way.finish()
-                    if metrics:
-                        metrics.note(f"stopping after step {progress.step - 1}, as asked")
-                    break
+        except Stopped:
             under_way.finish()
-            if under_way.broke_down:
-                progress.skipped_in_a_row = 0  # a resumed run may skip as many again
-            saves.at_the_end()
-    finally:
-        if metrics:
-            metrics.close()
-        distributed.leave(world)
+            if metrics:
+                metrics.note(f"stopping after step {progress.step - 1}, as asked")
+        except UserError as error:  # a shard that was damaged meanwhile: what has been learned is saved
+            if world.size > 1:
+                raise
+            unreadable = error
+        under_way.finish()
+        if under_way.broke_down:
+            progress.skipped_in_a_row = 0  # a resumed run may skip as many again
+        saves.at_the_end()
 
     # ---- what is left to say
     if unreadable:

@@ -41,7 +41,8 @@ RUNS: dict[str, dict] = {
 
 # The least that a number option may be.
 AT_LEAST = {
-    1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints max_skipped_steps",
+    1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints "
+    "max_skipped_steps process_timeout",
     0: "warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
 }
 
@@ -152,6 +153,9 @@ class TrainConfig(LlamaConfig):
     """With Triton kernels on a single GPU: run each step as one CUDA graph."""
     deterministic: bool = True
     """Same inputs, same bits; --no-deterministic lifts it."""
+
+    process_timeout: int = 600
+    """With many processes: seconds to wait for one that does not answer before the run ends. Preparing text has no limit."""
 
     # What is recorded
     tensorboard: bool = True

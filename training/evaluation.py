@@ -1,6 +1,10 @@
 """What an evaluation reports: the loss of both splits, bits per byte, and a sample of text."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+
+import torch
 
 from model import generation
 from model.sampling import Sampling
@@ -12,6 +16,7 @@ from training.errors import UserError
 from training.log.metrics import Metrics
 from training.progress import Progress
 from training.step.trainer import Trainer
+from training.stopping import Stopped, StopSignal
 
 
 class Evaluation:
@@ -32,41 +37,50 @@ class Evaluation:
             raise UserError(f"{error}{more}") from None
         self._prompt = [dataset.tokenizer.bos_id, *dataset.tokenizer.encode(config.sample_prompt)]
 
-    def report(self, progress: Progress, metrics: Metrics | None) -> bool:
+    def report(self, progress: Progress, metrics: Metrics | None, stop: StopSignal) -> bool:
         """Report the losses and, in the process that has the metrics, a sample. Whether validation is better than ever before.
 
-        Every process calls it; the best loss so far is kept in `progress`.
+        Every process calls it; the best loss so far is kept in `progress`. Stopped, in all of them, where one was asked to stop
+        before the losses were known; after that only the sample is left out.
         """
-        train_loss, val_loss, bits_per_byte = self.losses()
+        self._world.at = f"the evaluation before step {progress.step}"
+        train_loss, val_loss, bits_per_byte = self.losses(stop)
         if metrics:
-            metrics.evaluation(progress.step, train_loss, val_loss, bits_per_byte, self.sample())
+            sample = None
+            with contextlib.suppress(Stopped), stop.interrupting():
+                sample = self.sample()
+            metrics.evaluation(progress.step, train_loss, val_loss, bits_per_byte, sample)
         better = val_loss < progress.best_val_loss
         if better:
             progress.best_val_loss = val_loss
         return better
 
-    def losses(self) -> tuple[float, float, float]:
+    def losses(self, stop: StopSignal) -> tuple[float, float, float]:
         """Train and validation loss in nats a token, and bits per byte of the validation text.
 
-        Every process calls it; the batches are shared among them.
+        Every process calls it; the batches are shared among them. Stopped as in `report`.
         """
-        val_loss = self._loss(self._val)
+        with stop.interrupting(wanted=self._world.size == 1):
+            val_loss, train_loss = (self._loss(batches, stop) for batches in (self._val, self._train))
         bits_per_token = val_loss / math.log(2)
-        return (
-            self._loss(self._train),
-            val_loss,
-            bits_per_token * self._dataset.val.n_tokens / self._dataset.val.n_bytes,
-        )
+        return train_loss, val_loss, bits_per_token * self._dataset.val.n_tokens / self._dataset.val.n_bytes
 
-    def _loss(self, batches: Batches) -> float:
-        count = min(self._config.eval_iters, int(batches.steps_per_epoch))
-        mine = range(self._world.rank, count, self._world.size)
+    def _loss(self, batches: Batches, stop: StopSignal) -> float:
+        count, world = min(self._config.eval_iters, int(batches.steps_per_epoch)), self._world
 
-        def load(i: int) -> Batch:
-            (batch,) = batches.micro_batches(mine[i], 1, with_first_key=self._config.packed_documents)
-            return batch
+        def load(turn: int) -> Batch:
+            index = turn * world.size + world.rank
+            (batch,) = batches.micro_batches(min(index, count - 1), 1, with_first_key=self._config.packed_documents)
+            # All take equally many turns. In the last one some have no batch left: there no target counts.
+            return batch if index < count else batch._replace(targets=torch.full_like(batch.targets, -100))
 
-        return self._trainer.evaluate(prefetch(load, 0, len(mine), device=self._device))
+        def heeding() -> Iterator[Batch]:
+            for batch in prefetch(load, 0, -(-count // world.size), device=self._device):
+                if world.totals(stop.asked)[0]:
+                    raise Stopped
+                yield batch
+
+        return self._trainer.evaluate(heeding())
 
     def sample(self) -> str | None:
         """Text that the model writes after --sample-prompt, the prompt included; None where none is asked for."""

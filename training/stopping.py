@@ -1,50 +1,160 @@
 """How a program ends: its exit statuses, and the signals that ask a run to stop."""
 
+import atexit
 import contextlib
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TypeVar
 
+from training import launcher
 from training.errors import UserError, fail
 from training.log.console import silence_stdout
 
+T = TypeVar("T")
+
 
 @contextlib.contextmanager
-def exit_statuses() -> Iterator[None]:
+def exit_statuses(*, speaks: bool = True) -> Iterator["StopSignal"]:
     """Put around a whole program: what the user or the system may cause ends it with an exit status and no traceback.
 
-    2 and one line on stderr for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of stdout has gone
-    (`| head`). SIGTERM unwinds as Ctrl-C does, so that half-made files are removed.
+    2 and one line on stderr for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP (unless it is ignored, as `nohup`
+    has it), 141 where the reader of stdout has gone (`| head`). speaks: without it the line is left to another process.
     """
-    former = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        yield
+        with StopSignal() as stop:
+            yield stop
     except UserError as error:
+        if not speaks:
+            raise SystemExit(2) from None
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         silence_stdout()
         raise SystemExit(141) from None
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status that a program ends with for this exception, as `exit_statuses` and Python have it."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    statuses = {UserError: 2, KeyboardInterrupt: 130, BrokenPipeError: 141}
+    return next((status for kind, status in statuses.items() if isinstance(error, kind)), 1)
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that end a program: from a scheduler or `kill`, a connection that goes away, and Ctrl-C.
+
+    Those that it was started to ignore are left out, as `nohup` has SIGHUP and a script's background job Ctrl-C.
+    """
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]  # Windows has no SIGHUP
+    return [number for name in names if signal.getsignal(number := getattr(signal, name)) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def killed_by_signals() -> Iterator[None]:
+    """While entered, a signal ends the process at once, also within a library's call: where there is nothing to clean up."""
+    former = {number: signal.signal(number, signal.SIG_DFL) for number in _heeded()}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def answering_signals(call: Callable[[], T]) -> T:
+    """What `call` returns: made in a thread, so that signals are answered during a library's call that takes minutes.
+
+    Python answers them between its own instructions, in the main thread. One that unwinds does not wait for the call, nor does
+    the program's end.
+    """
+    result: list[T] = []
+    error: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except BaseException as raised:
+            error.append(raised)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException as raised:
+        atexit.register(os._exit, status_of(raised))
+        raise
+    if error:
+        raise error[0]
+    return result[0]
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and does. No Exception, so that no library takes it for one of its own errors."""
 
 
 class StopSignal:
-    """While entered, the first SIGTERM or Ctrl-C only sets `asked`; a second one acts as it did before."""
+    """While entered, it answers SIGTERM, SIGHUP (unless that is ignored) and Ctrl-C: a run saves and stops.
+
+    Until a run has `begun` there is nothing to save: the signals unwind as Ctrl-C does, so that half-made files are removed.
+    From then on the first one sets `asked`. What comes after it changes nothing, as a launcher that passes signals on may make
+    two of one; but where no torchrun does so a second Ctrl-C unwinds, unless that would cut off what is `finishing`.
+
+    Attributes:
+        asked: whether the run should stop.
+        begun: to be set once a step has been done.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.begun = False
+        self._finishing = self._interrupting = False
 
     def __enter__(self) -> "StopSignal":
-        self._former = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._former = {number: signal.signal(number, self._answer) for number in _heeded()}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self._former[number])
+    def heed(self, asked: int) -> None:
+        """Raise Stopped where `asked`, added up over all processes, is not 0: all of them then have it set."""
+        if asked:
+            self.asked = True
+            raise Stopped
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """What is begun in here is finished: a signal only asks."""
+        self._finishing = True
+        try:
+            yield
+        finally:
+            self._finishing = False
+
+    @contextlib.contextmanager
+    def interrupting(self, *, wanted: bool = True) -> Iterator[None]:
+        """What is done in here may be left at any point: a signal to this process raises Stopped at once, if `wanted`."""
+        self._interrupting = wanted
+        try:
+            if wanted and self.asked:
+                raise Stopped
+            yield
+        finally:
+            self._interrupting = False
+
+    def _answer(self, number: int, _: FrameType | None) -> None:
+        again, self.asked = self.asked, True
+        if self._finishing:
+            return
+        if self.begun and self._interrupting:
+            raise Stopped
+        if number == signal.SIGINT:
+            if not self.begun or (again and not launcher.by_torchrun()):
+                raise KeyboardInterrupt
+        elif not self.begun and not again:
+            sys.exit(128 + number)

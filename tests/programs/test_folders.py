@@ -1,5 +1,6 @@
 """Whose folder is it: two runs in one out_dir, two preparations in one data_dir, an earlier run's files."""
 
+import contextlib
 import os
 import re
 import signal
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import train
 from tests.support.run_testing import TINY, arguments, finish, pointers, records, start, wait_until, write_text
-from training import config
+from training import config, distributed
 from training.checkpoint import files as checkpoint
+from training.distributed import World
 from training.folder_lock import held
 
 
@@ -42,9 +45,10 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(run, tmp_path
 
 def test_only_the_main_process_of_many_takes_the_folder(run, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
+    monkeypatch.setattr(train, "train", lambda *_: None)
     with held(tmp_path / "out" / ".lock"):
         assert run(max_iters=1).status == 2
-        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(distributed, "joined", lambda config: contextlib.nullcontext(World(rank=1, size=2)))
         assert run(max_iters=1).status == 0
 
 

@@ -66,7 +66,7 @@ def test_a_last_save_that_fails_is_an_error(run, tmp_path, monkeypatch):
 
 def test_the_best_of_those_that_could_be_saved_is_best(run, tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 3.0, 4.0, 8.0])
-    monkeypatch.setattr(evaluation.Evaluation, "losses", lambda self: (1.0, next(losses), 1.0))
+    monkeypatch.setattr(evaluation.Evaluation, "losses", lambda self, stop: (1.0, next(losses), 1.0))
     refuse_saves(monkeypatch, but={1, 3, 4})
     assert run(eval_interval=3).status == 0
     # 3.0 was not saved, so 4.0 is better than the best there is, and 8.0 is the last.
@@ -76,7 +76,7 @@ def test_the_best_of_those_that_could_be_saved_is_best(run, tmp_path, monkeypatc
 
 def test_a_save_that_failed_is_tried_again_where_only_the_best_are_saved(run, tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(evaluation.Evaluation, "losses", lambda self: (1.0, next(losses), 1.0))
+    monkeypatch.setattr(evaluation.Evaluation, "losses", lambda self, stop: (1.0, next(losses), 1.0))
     refuse_saves(monkeypatch, but={2, 3})
     assert run(eval_interval=3, max_iters=12).status == 0
     assert pointers(tmp_path / "out")[0] == "step-00000006"

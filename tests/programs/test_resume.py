@@ -15,7 +15,6 @@ import train
 from tests.support import kernel_testing as kt
 from tests.support.run_testing import TINY, Result, arguments, call, finish, records, start, state, write_text
 from training.checkpoint import files as checkpoint
-from training.distributed import World
 from training.evaluation import Evaluation
 from training.step.optimizer import LossScale
 from training.step.trainer import Trainer
@@ -216,12 +215,19 @@ def test_a_run_that_skipped_steps_resumes_to_the_bit(whole, tmp_path, monkeypatc
     assert_equal_to_the_bit(folder, uninterrupted)
 
 
-def test_ctrl_c_between_evaluations_resumes_to_the_bit(whole, tmp_path, monkeypatch):
+def test_a_signal_before_an_evaluation_resumes_to_the_bit(whole, tmp_path, monkeypatch):
     """The step it stops after is one that is evaluated: the resumed run does that, and saves the best."""
     uninterrupted = whole()
     folder = tmp_path / "stopped"
-    asked = iter([False] * (HALF - 1) + [True])
-    monkeypatch.setattr(World, "any", lambda self, flag, device: next(asked, False))
+    take_step, calls = Trainer.step, iter(range(100))
+
+    def step_and_ask(self, *batch):
+        result = take_step(self, *batch)
+        if next(calls) == HALF - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Trainer, "step", step_and_ask)
     config = (uninterrupted / "config.toml").read_text()
     (tmp_path / "run.toml").write_text(config)
     result = call(train, [f"--config={tmp_path / 'run.toml'}", f"--out-dir={folder}"])

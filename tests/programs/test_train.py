@@ -116,7 +116,7 @@ def test_nothing_half_made_is_left(finished, text):
 @pytest.mark.parametrize("always", [False, True])
 def test_best_and_last_are_the_best_and_the_last(run, tmp_path, monkeypatch, always):
     losses = iter([9.0, 5.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(evaluation.Evaluation, "losses", lambda self: (1.0, next(losses), 1.0))
+    monkeypatch.setattr(evaluation.Evaluation, "losses", lambda self, stop: (1.0, next(losses), 1.0))
     assert run(eval_interval=3, always_save_checkpoint=always, keep_checkpoints=1).status == 0
     out_dir = tmp_path / "out"
     assert pointers(out_dir) == ("step-00000003", "step-00000012")
@@ -240,8 +240,8 @@ def test_a_run_that_really_explodes_stops_by_itself(run, tmp_path):
 # ------------------------------------------------------------------------------------------------------- being stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.fault("SIGTERM or Ctrl-C", "the run is saved and ends with status 0")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=["SIGTERM", "SIGHUP", "Ctrl-C"])
+@pytest.mark.fault("SIGTERM, Ctrl-C, or a connection that drops (SIGHUP)", "the run is saved and ends with status 0")
 def test_a_signal_saves_and_ends_the_run_well(tmp_path, text, number):
     out_dir = tmp_path / "out"
     words = arguments(
@@ -268,6 +268,7 @@ def ctrl_c_raises():
 
 def test_a_second_signal_does_what_it_always_did(ctrl_c_raises):
     with train.StopSignal() as stop:
+        stop.begun = True
         assert not stop.asked
         signal.raise_signal(signal.SIGINT)
         assert stop.asked

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,15 @@ def start(program: str, words: list[str], code: str = "", **environment: str) ->
         # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def start_many(words: list[str], size: int = 2, code: str = "", **environment: str) -> list[subprocess.Popen]:
+    """train.py in so many processes that find each other, as a launcher starts them; code as in `start`."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | environment
+    return [start("train.py", words, code, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(size)]
 
 
 def finish(process: subprocess.Popen) -> Result:

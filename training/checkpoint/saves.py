@@ -8,13 +8,15 @@ from training.errors import UserError
 from training.log.metrics import Metrics
 from training.progress import Progress
 from training.step.trainer import Trainer
+from training.stopping import StopSignal
 
 
 class Saves:
     """The checkpoints of a run. Every process calls it, and goes on when all know whether there is one more.
 
     A save that fails, on a full disk for one, leaves the earlier ones and does not end the run: it is said, and tried again
-    at the next evaluation. metrics: None in all processes but the main one, which writes.
+    at the next evaluation. One that is begun is finished, whatever signals come. metrics: None in all processes but the main
+    one, which writes.
     """
 
     def __init__(
@@ -25,9 +27,11 @@ class Saves:
         progress: Progress,
         world: World,
         metrics: Metrics | None,
+        stop: StopSignal,
     ):
         self._config, self._trainer, self._dataset = config, trainer, dataset
         self._progress, self._world, self._metrics = progress, world, metrics
+        self._stop = stop
         self._best_saved = progress.best_val_loss
         self._failed = False
 
@@ -49,13 +53,17 @@ class Saves:
 
     def _save(self, best: bool) -> UserError | None:
         refusal = None
-        if self._metrics:
-            try:
-                folder = state.save(self._config, self._trainer, self._dataset, self._progress, best=best)
-                self._metrics.note(f"saved {folder}")
-            except UserError as error:
-                refusal = error
-        self._failed = self._world.any(refusal is not None, self._trainer.device)
+        with self._stop.finishing():
+            if self._metrics:
+                try:
+                    folder = state.save(self._config, self._trainer, self._dataset, self._progress, best=best)
+                    self._metrics.note(f"saved {folder}")
+                except UserError as error:
+                    refusal = error
+            failed = self._world.totals(
+                refusal is not None, at=f"the save of step {self._progress.step}", patiently=True
+            )
+        self._failed = any(failed)
         if not self._failed:
             self._progress.saved_step, self._best_saved = self._progress.step, self._progress.best_val_loss
         return refusal

@@ -23,7 +23,7 @@ OF_THE_TEXT = {"data", "split_text", "text_field", "val_fraction"}
 """Options that decide on which text a run is trained."""
 OF_AN_EVALUATION = {"eval_iters", "batch_size", "packed_documents"}
 """Options that decide on which tokens, and with which of them in sight, a loss is measured."""
-OF_ONE_CALL = {"config", "out_dir", "init_from", "which", "eval_only", "profile"}
+OF_ONE_CALL = {"config", "out_dir", "init_from", "which", "eval_only", "profile", "process_timeout"}
 """Options that are about one call of train.py: another value of theirs is no change of the run, and is not reported."""
 
 

@@ -26,6 +26,7 @@ from training.data.corpus import Corpus, Part, Split, open_corpus
 from training.data.shards import Dataset, Encoded, ShardWriter, open_dataset, token_dtype
 from training.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training.errors import UserError
+from training.stopping import answering_signals
 
 _POOL_BYTES = 4 << 20  # with less text, starting processes takes longer than encoding
 _PADDED_TO = (8, 16, 32, 64, 128)  # a model's vocabulary may be padded up to a multiple of one of these
@@ -141,7 +142,9 @@ def _build(
             if tokenizer is None:
                 advance(0, f"training a tokenizer of {vocab_size} tokens")
                 sample = corpus.documents("train", max_parts=_TOKENIZER_PARTS)
-                tokenizer = train_tokenizer(sample, vocab_size, unfinished / "tokenizer.model")
+                tokenizer = answering_signals(
+                    partial(train_tokenizer, sample, vocab_size, unfinished / "tokenizer.model")
+                )
             else:
                 (unfinished / tokenizer.file_name).write_bytes(tokenizer.content)
             writers = {split: ShardWriter(unfinished, split, tokenizer) for split in ("train", "val")}

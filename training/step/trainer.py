@@ -116,11 +116,12 @@ class Trainer:
         """Mean loss in nats over the valid tokens of the batches of all processes."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for tokens, targets, first_key in batches:
-            valid = int((targets != -100).sum())
-            total += torch.tensor([float(self.loss_sum(tokens, targets, first_key)), valid], dtype=torch.float64)
-        self.model.train()
-        total = total.to(self.device) if self.world.size > 1 else total
+        try:
+            for tokens, targets, first_key in batches:
+                valid = int((targets != -100).sum())
+                total += torch.tensor([float(self.loss_sum(tokens, targets, first_key)), valid], dtype=torch.float64)
+        finally:
+            self.model.train()
         self.world.sum(total)
         return float(total[0] / total[1].clamp(min=1))
 
