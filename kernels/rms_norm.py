@@ -24,8 +24,9 @@ Bytes for M rows of width D in e bytes an element, each read and written once; r
       backward      summed, dy, dsummed         dx, which is dresidual too  4 e M D
 
 Rows are independent but for dweight. There each of a fixed number of programs walks over the rows, adds up a float32
-row of its own and writes it; PyTorch's sum adds those rows. It is deterministic, its input is a few hundred to two
-thousand rows, and Inductor folds the cast and the accumulation into `.grad` into it, which it could not do to a kernel of ours.
+row of its own and writes it; PyTorch's sum adds those rows. It is deterministic, and its input is a few hundred to two thousand
+rows. A training step keeps such rows (`gradient_rows`): programs add to them through all micro-steps, and one sum at its end does
+for all norms what would be two launches and an addition for each of them every time.
 Past 8192 columns a row no longer fits into registers: it is walked in blocks of columns, twice, the second time from the cache.
 """
 
@@ -58,22 +59,26 @@ from kernels.launch import (
 # ----------------------------------------------------------------------------------------------------------- torch twin
 
 
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, gradient_rows: Tensor | None = None) -> Tensor:
     """RMSNorm of the last dimension.
 
-    x: (..., D), weight: (D,) in x's dtype or float32. Returns y like x, contiguous. Raises ValueError on anything else.
+    x: (..., D), weight: (D,) in x's dtype or float32. gradient_rows: (R, D) float32, dense, R from `gradient_row_count`, of which
+    somebody adds the sum of all to `weight.grad`: an op may add its gradient to them and give autograd none. This twin does not.
+    Returns y like x, contiguous. Raises ValueError on anything else.
     """
-    _check("rms_norm", x, None, weight, REFERENCE_DTYPES)
+    _check("rms_norm", x, None, weight, gradient_rows, REFERENCE_DTYPES)
     return _normalized(x, weight, eps).to(x.dtype).contiguous()
 
 
-def add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gradient_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Residual addition and RMSNorm of the sum.
 
-    x: (..., D), residual: like x, in x's dtype or float32, weight: (D,) in x's dtype or float32.
+    x: (..., D), residual: like x, in x's dtype or float32, weight: (D,) in x's dtype or float32. gradient_rows: as in `rms_norm`.
     Returns y like x and summed = x + residual in residual's dtype, contiguous. Raises ValueError on anything else.
     """
-    _check("add_rms_norm", x, residual, weight, REFERENCE_DTYPES)
+    _check("add_rms_norm", x, residual, weight, gradient_rows, REFERENCE_DTYPES)
     summed = (_exact(x) + residual).to(residual.dtype).contiguous()
     return _normalized(summed, weight, eps).to(x.dtype), summed
 
@@ -89,13 +94,24 @@ def _exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    gradient_rows: Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
     check_tensor(op, "x", x, dtypes=dtypes)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted (..., D) with D at least 1")
     if residual is not None:
         check_tensor(op, "residual", residual, tuple(x.shape), (x.dtype, torch.float32), x.device)
     check_tensor(op, "weight", weight, (x.shape[-1],), (x.dtype, torch.float32), x.device)
+    if gradient_rows is not None:
+        check_tensor(op, "gradient_rows", gradient_rows, ("R", x.shape[-1]), (torch.float32,), x.device)
+        if not gradient_rows.is_contiguous():
+            raise ValueError(f"{op}: gradient_rows has strides {gradient_rows.stride()}, wanted a dense tensor")
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -170,12 +186,13 @@ def _rms_norm_backward_kernel(
     rstd_ptr,
     dx_ptr,  # None where it is not wanted, and so are dresidual_ptr and partial_ptr
     dresidual_ptr,  # in summed's dtype, where that is not dx's
-    partial_ptr,  # float32 (programs, D): what each program adds to dweight
+    partial_ptr,  # float32 (programs, D): what each program has of dweight
     n_rows,
     dy_stride,
     dsummed_stride,
     summed_stride,
     D: tl.constexpr,
+    ADD: tl.constexpr,  # to what is in partial, in the stead of writing it
     ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -223,12 +240,15 @@ def _rms_norm_backward_kernel(
                     # No room for a whole row in registers: the sum is kept in the program's own row of partial. Between
                     # one tile's store and the next one's load, the reduction to `mean` is the barrier they need.
                     at = partial_ptr + program * D + cols
-                    before = tl.load(at, (cols < D) & (tile > program), other=0.0)
+                    before = tl.load(at, (cols < D) & (ADD | (tile > program)), other=0.0)
                     tl.store(at, before + tl.sum(dy * normalized, 0, keep_dims=True), cols < D)
                 else:
                     dweight += dy * normalized
     if partial_ptr is not None and BLOCK_D >= D:
-        tl.store(partial_ptr + program * D + cols, tl.sum(dweight, 0, keep_dims=True), cols < D)
+        dweight = tl.sum(dweight, 0, keep_dims=True)
+        if ADD:
+            dweight += tl.load(partial_ptr + program * D + cols, cols < D, other=0.0)
+        tl.store(partial_ptr + program * D + cols, dweight, cols < D)
 
 
 # --------------------------------------------------------------------------------------------------------------- launch
@@ -251,10 +271,15 @@ def backward_launch(n_rows: int, width: int, target: Target) -> Launch:
     and 2048 columns; wider rows leave registers for fewer.
     """
     block_m, block_d = _tile(width, 2048)
-    waves = next(waves for most, waves in ((2048, 4), (4096, 2), (width, 1)) if width <= most)
-    grid = (min(ceil_div(n_rows, block_m), waves * target.multiprocessors),)
+    grid = (min(ceil_div(n_rows, block_m), gradient_row_count(width, target)),)
     tiles = {"BLOCK_M": block_m, "BLOCK_D": block_d}
     return Launch(grid, tiles, warps_for(block_m * block_d, 32, target))
+
+
+def gradient_row_count(width: int, target: Target) -> int:
+    """The most programs that `backward_launch` asks for, whatever the number of rows: so many rows has `gradient_rows`."""
+    waves = next(waves for most, waves in ((2048, 4), (4096, 2), (width, 1)) if width <= most)
+    return waves * target.multiprocessors
 
 
 def _tile(width: int, elements: int) -> tuple[int, int]:
@@ -263,7 +288,7 @@ def _tile(width: int, elements: int) -> tuple[int, int]:
     return max(1, elements // block_d), block_d
 
 
-def _forward_outputs(x, residual, weight, eps):
+def _forward_outputs(x, residual, weight, eps, gradient_rows):
     """Unwritten y, summed (empty without a residual) and rstd."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = y.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
@@ -271,8 +296,10 @@ def _forward_outputs(x, residual, weight, eps):
 
 
 @register_op(fake=_forward_outputs)
-def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, summed, rstd = _forward_outputs(x, residual, weight, eps)
+def _rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, gradient_rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, summed, rstd = _forward_outputs(x, residual, weight, eps, gradient_rows)
     rows = dense_rows(x)
     residual_rows = rows if residual is None else dense_rows(residual)
     n_rows, width = rows.shape[0], int(rows.shape[1])
@@ -295,30 +322,37 @@ def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) ->
     return y, summed, rstd
 
 
-def _backward_outputs(dy, dsummed, summed, weight, rstd, want_dx, want_dresidual, want_dweight):
+def _backward_outputs(dy, dsummed, summed, weight, rstd, gradient_rows, want_dx, want_dresidual, want_dweight):
     """Unwritten dx in y's dtype, dresidual in summed's, and dweight; without elements where not wanted."""
     dx = torch.empty(dy.shape if want_dx else 0, dtype=dy.dtype, device=dy.device)
     dresidual = torch.empty(dy.shape if want_dresidual else 0, dtype=summed.dtype, device=dy.device)
-    return dx, dresidual, torch.empty(weight.shape if want_dweight else 0, dtype=weight.dtype, device=dy.device)
+    to_rows = not want_dweight or gradient_rows is not None
+    return dx, dresidual, torch.empty(0 if to_rows else weight.shape, dtype=weight.dtype, device=dy.device)
 
 
-@register_op(fake=_backward_outputs)
+@register_op(fake=_backward_outputs, mutates=("gradient_rows",))
 def _rms_norm_backward(
     dy: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    gradient_rows: Tensor | None,
     want_dx: bool,
     want_dresidual: bool,
     want_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dresidual, dweight = _backward_outputs(dy, dsummed, summed, weight, rstd, want_dx, want_dresidual, want_dweight)
+    dx, dresidual, dweight = _backward_outputs(
+        dy, dsummed, summed, weight, rstd, gradient_rows, want_dx, want_dresidual, want_dweight
+    )
     rows, dy_rows = dense_rows(summed), dense_rows(dy)
     dsummed_rows = rows if dsummed is None else dense_rows(dsummed)
     n_rows, width = rows.shape[0], int(rows.shape[1])
     launch = backward_launch(n_rows, width, target_of(dy))
-    partial = torch.empty((*launch.grid, width), dtype=torch.float32, device=dy.device) if want_dweight else None
+    partial = None
+    if want_dweight:
+        shape = (*launch.grid, width)
+        partial = gradient_rows if gradient_rows is not None else dy.new_empty(shape, dtype=torch.float32)
     if n_rows:
         with device_of(dy):
             wrap_triton(_rms_norm_backward_kernel)[launch.grid](
@@ -335,9 +369,10 @@ def _rms_norm_backward(
                     dy_stride=dy_rows.stride(0), dsummed_stride=dsummed_rows.stride(0), summed_stride=rows.stride(0)
                 ),
                 D=width,
+                ADD=gradient_rows is not None,
                 **launch.options,
             )
-    if partial is not None:
+    if dweight.numel():
         dweight = partial.sum(0).to(weight.dtype)
     return dx, dresidual, dweight
 
@@ -346,16 +381,18 @@ def _rms_norm_backward(
 
 
 def _save(ctx, inputs, output):
-    x, residual, weight, _ = inputs
+    x, residual, weight, _, gradient_rows = inputs
     _, summed, rstd = output
     ctx.save_for_backward(x if residual is None else summed, weight, rstd)
+    ctx.gradient_rows = gradient_rows  # not saved: autograd would refuse it for having changed since
     ctx.x_dtype, ctx.has_sum = x.dtype, residual is not None
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dy, dsummed, _):
     summed, weight, rstd = ctx.saved_tensors
-    want_dx, want_dresidual, want_dweight, _ = ctx.needs_input_grad
+    want_dx, want_dresidual, want_dweight, *_ = ctx.needs_input_grad
+    to_rows = want_dweight and ctx.gradient_rows is not None
     dsummed = dsummed if ctx.has_sum else None  # of no elements, where some tracer gives it
     dweight = None
     if dy is None:
@@ -370,13 +407,15 @@ def _differentiate(ctx, dy, dsummed, _):
             summed,
             weight,
             rstd,
+            ctx.gradient_rows if to_rows else None,
             want_dx or (shared and want_dresidual),
             want_dresidual and not shared,
             want_dweight,
         )
         if shared:
             dresidual = dx
-    return dx if want_dx else None, dresidual if want_dresidual else None, dweight if want_dweight else None, None
+    dweight = dweight if want_dweight and not to_rows else None
+    return dx if want_dx else None, dresidual if want_dresidual else None, dweight, None, None
 
 
 _rms_norm.register_autograd(_differentiate, setup_context=_save)
@@ -385,16 +424,29 @@ _rms_norm.register_autograd(_differentiate, setup_context=_save)
 # --------------------------------------------------------------------------------------------------------------- public
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm_torch` by Triton kernels, but for float64."""
-    _check("rms_norm", x, None, weight, KERNEL_DTYPES)
-    check_usable("rms_norm", x.device)
-    return _rms_norm(x, None, weight, float(eps))[0]
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, gradient_rows: Tensor | None = None) -> Tensor:
+    """`rms_norm_torch` by Triton kernels, but for float64. The gradient of weight is added to gradient_rows, if given."""
+    _check_for_kernels("rms_norm", x, None, weight, gradient_rows)
+    return _rms_norm(x, None, weight, float(eps), gradient_rows)[0]
 
 
-def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_torch` by Triton kernels, but for float64."""
-    _check("add_rms_norm", x, residual, weight, KERNEL_DTYPES)
-    check_usable("add_rms_norm", x.device)
-    y, summed, _ = _rms_norm(x, residual, weight, float(eps))
+def add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gradient_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_torch` by Triton kernels, but for float64; gradient_rows as in `rms_norm_triton`."""
+    _check_for_kernels("add_rms_norm", x, residual, weight, gradient_rows)
+    y, summed, _ = _rms_norm(x, residual, weight, float(eps), gradient_rows)
     return y, summed
+
+
+def _check_for_kernels(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, gradient_rows: Tensor | None
+) -> None:
+    _check(op, x, residual, weight, gradient_rows, KERNEL_DTYPES)
+    check_usable(op, x.device)
+    if gradient_rows is not None:
+        wanted = gradient_row_count(int(x.shape[-1]), target_of(x))
+        if gradient_rows.shape[0] != wanted:
+            raise ValueError(
+                f"{op}: gradient_rows has {gradient_rows.shape[0]} rows, wanted {wanted} (gradient_row_count)"
+            )

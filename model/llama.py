@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import Ops
+from kernels import TRITON, Ops
 from model.config import RECOMPUTE, LlamaConfig
 from model.linear import Embedding, Linear, Weight, linear
 from model.recompute import again
 from model.rope import rope_tables
 
 INIT_STD = 0.02
+
+NormGradientRows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""`gradient_rows` for the two norms of a layer, each in a tuple that is empty where there are none."""
 
 
 class Layer(nn.Module):
@@ -40,6 +43,11 @@ class Layer(nn.Module):
         self.ffn_norm = nn.Parameter(torch.ones(config.dim))
         self.w_gate_up = Linear(config.dim, 2 * config.hidden_dim, compute_dtype)
         self.w_down = Linear(config.hidden_dim, config.dim, compute_dtype)
+        self.norm_gradient_rows: NormGradientRows = ((), ())
+
+    def __getstate__(self) -> dict:
+        """What a copy of the model is made from: what is bound is a trainer's, and stays with this one."""
+        return self.__dict__ | {"norm_gradient_rows": ((), ())}
 
     def forward(
         self,
@@ -56,16 +64,17 @@ class Layer(nn.Module):
         ops: of this layer. branch: of the layer before, which the norm that opens this one adds to residual; None in the first.
         cos, sin: (T, head_dim / 2) float32. first_key: as in `Llama.forward`. to_sum: as in `Linear`.
         """
+        attention_rows, ffn_rows = self.norm_gradient_rows if to_sum else ((), ())
 
         def attention_half(branch: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
             if branch is None:
-                y = ops.rms_norm(residual, self.attention_norm, self.norm_eps)
+                y = ops.rms_norm(residual, self.attention_norm, self.norm_eps, *attention_rows)
             else:
-                y, residual = ops.add_rms_norm(branch, residual, self.attention_norm, self.norm_eps)
+                y, residual = ops.add_rms_norm(branch, residual, self.attention_norm, self.norm_eps, *attention_rows)
             return self._dropped(self.attend(ops, y, cos, sin, first_key, to_sum)), residual
 
         def feed_forward_half(branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            y, residual = ops.add_rms_norm(branch, residual, self.ffn_norm, self.norm_eps)
+            y, residual = ops.add_rms_norm(branch, residual, self.ffn_norm, self.norm_eps, *ffn_rows)
             return self._dropped(self.feed_forward(ops, y, to_sum)), residual
 
         def whole(branch: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,11 +139,34 @@ class Llama(nn.Module):
         self.head = None if config.tie_embeddings else Weight(config.vocab_size, config.dim, compute_dtype)
         self.layers = nn.ModuleList(Layer(config, compute_dtype, recompute) for _ in range(config.n_layers))
         self.final_norm = nn.Parameter(torch.ones(config.dim))
+        self.final_norm_gradient_rows: tuple[Tensor, ...] = ()
         cos, sin = rope_tables(config)
         device = self.embedding.weight.device  # the meta device included, where a 405B model is counted
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
         self.reset_parameters()
+
+    def __getstate__(self) -> dict:
+        """As `Layer.__getstate__`."""
+        return self.__dict__ | {"final_norm_gradient_rows": ()}
+
+    def bind_norm_gradient_rows(self, rows: dict[str, Tensor]) -> None:
+        """Let the norms' ops add the gradients of these weights, by the names of `norms_with_rows`, to these rows."""
+        self.final_norm_gradient_rows = tuple(rows[name] for name in ("final_norm",) if name in rows)
+        for i, layer in enumerate(self.layers):
+            names = (f"layers.{i}.attention_norm", f"layers.{i}.ffn_norm")
+            layer.norm_gradient_rows = tuple((rows[name],) if name in rows else () for name in names)
+
+    def norms_with_rows(self) -> list[str]:
+        """The norm weights whose op can add a gradient to `gradient_rows`: where Triton's kernel is chosen."""
+        chosen = [ops.rms_norm is TRITON.rms_norm for ops in self.ops]
+        names = [
+            f"layers.{i}.{norm}"
+            for i in range(len(self.layers))
+            if chosen[i]
+            for norm in ("attention_norm", "ffn_norm")
+        ]
+        return names + ["final_norm"] * chosen[-1]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -230,5 +262,6 @@ class Llama(nn.Module):
         branch = None
         for layer, its_ops in zip(self.layers, ops[:-1], strict=True):
             branch, residual = layer(its_ops, branch, residual, cos, sin, first_key, to_sum)
-        y, _ = ops[-1].add_rms_norm(branch, residual, self.final_norm, config.norm_eps)
+        final_rows = self.final_norm_gradient_rows if to_sum else ()
+        y, _ = ops[-1].add_rms_norm(branch, residual, self.final_norm, config.norm_eps, *final_rows)
         return y

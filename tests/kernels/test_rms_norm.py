@@ -3,7 +3,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
+from kernels.launch import target_of
+from kernels.rms_norm import (
+    add_rms_norm_torch,
+    add_rms_norm_triton,
+    gradient_row_count,
+    rms_norm_torch,
+    rms_norm_triton,
+)
 from tests.support import kernel_testing as kt
 
 EPS = 1e-5
@@ -268,11 +275,89 @@ def test_the_registered_ops_keep_pytorchs_rules():
     x, residual, weight = case(2)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for added in (None, residual):
-        torch.library.opcheck(ops.rms_norm.default, (x, added, weight, EPS), test_utils=checks)
-    _, summed, rstd = (t.detach() for t in ops.rms_norm(x, residual, weight, EPS))
-    for wants in ((True, False, True), (False, False, True), (True, True, False)):
-        arguments = (x.detach(), residual.detach(), summed, weight.detach(), rstd, *wants)
+        torch.library.opcheck(ops.rms_norm.default, (x, added, weight, EPS, None), test_utils=checks)
+    _, summed, rstd = (t.detach() for t in ops.rms_norm(x, residual, weight, EPS, None))
+    for gradient_rows, *wants in (
+        (None, True, False, True),
+        (None, False, False, True),
+        (rows_for(weight), True, True, True),
+    ):
+        arguments = (x.detach(), residual.detach(), summed, weight.detach(), rstd, gradient_rows, *wants)
         torch.library.opcheck(ops.rms_norm_backward.default, arguments)
+
+
+# ------------------------------------------------------------------------------------------- gradients that a step keeps
+
+
+def rows_for(weight, fill=0.0):
+    """`gradient_rows` for a weight."""
+    count = gradient_row_count(weight.shape[0], target_of(weight))
+    return torch.full((count, weight.shape[0]), fill, device=weight.device)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("width", [36, 288, 8193])
+def test_a_step_keeps_the_weights_gradient_in_rows(width, dtype):
+    """Three passes, one of them longer than there are programs: the rows' sum is that of the gradients without them."""
+    weight = kt.differentiable(kt.tensor(width, seed=1))[0]
+    rows, total = rows_for(weight), torch.zeros(width, dtype=torch.float64, device=kt.DEVICE)
+    for seed, n_rows in ((0, 5), (1, MANY if width == 288 else 7), (2, 1)):
+        x, residual = kt.differentiable(*(kt.tensor(n_rows, width, dtype=dtype, seed=s) for s in (3 + seed, 6 + seed)))
+        upstream = [kt.tensor(n_rows, width, dtype=dtype, seed=9 + seed + i) for i in range(2)]
+        _, plain = kt.run(lambda *a: add_rms_norm_triton(*a, EPS), [x, residual, weight], upstream)
+        total += plain[2]
+        with kt.poisoned():
+            _, grads = kt.run(lambda *a: add_rms_norm_triton(*a, EPS, rows), [x, residual, weight], upstream)
+        assert grads[2] is None
+        kt.assert_same_bits(grads[:2], plain[:2])
+    kt.assert_sum_matches(rows.sum(0), total, MANY)
+
+
+def test_what_is_in_the_rows_stays_where_nothing_is_added():
+    x, weight = kt.differentiable(kt.tensor(0, 36), kt.tensor(36, seed=1))
+    rows = rows_for(weight, fill=3.0)
+    kt.run(lambda *a: rms_norm_triton(*a, EPS, rows), [x, weight], [kt.tensor(0, 36)])
+    assert torch.equal(rows, rows_for(weight, fill=3.0))
+    x = kt.tensor(4, 36).requires_grad_()  # the weight wants no gradient
+    kt.run(lambda a: rms_norm_triton(a, weight.detach(), EPS, rows), [x], [kt.tensor(4, 36)])
+    assert torch.equal(rows, rows_for(weight, fill=3.0))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_are_added_to_under_compile(dynamic):
+    weight = kt.differentiable(kt.tensor(36, seed=1))[0]
+    eager, compiled = rows_for(weight), rows_for(weight)
+    op = torch.compile(rms_norm_triton, fullgraph=True, dynamic=dynamic)
+    for seed in range(2):
+        x, dy = kt.tensor(6, 36, seed=2 + seed), kt.tensor(6, 36, seed=4 + seed)
+        for chosen, rows in ((rms_norm_triton, eager), (op, compiled)):
+            _, grads = kt.run(
+                lambda *a, chosen=chosen, rows=rows: chosen(*a, EPS, rows), kt.differentiable(x, weight), [dy]
+            )
+            assert grads[1] is None
+    assert eager.any()
+    kt.assert_same_bits([eager], [compiled])
+
+
+@pytest.mark.parametrize("op", [rms_norm_torch, rms_norm_triton])
+def test_rows_that_do_not_fit_are_refused(op):
+    x, weight = kt.tensor(4, 36), kt.tensor(36)
+    rows = rows_for(weight)
+    for wrong, message in (
+        (rows[:, :35].contiguous(), r"rms_norm: gradient_rows has shape \(\d+, 35\), wanted \(R, 36\)"),
+        (rows.half(), r"rms_norm: gradient_rows has dtype torch.float16, wanted torch.float32"),
+        (
+            torch.zeros(36, 4, device=kt.DEVICE).T,
+            r"rms_norm: gradient_rows has strides \(1, 4\), wanted a dense tensor",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(x, weight, EPS, wrong)
+    if op is rms_norm_triton:
+        with pytest.raises(
+            ValueError, match=r"rms_norm: gradient_rows has \d+ rows, wanted \d+ \(gradient_row_count\)"
+        ):
+            op(x, weight, EPS, torch.cat([rows, rows]))
 
 
 @pytest.mark.parametrize("op", [rms_norm_torch, rms_norm_triton])

@@ -8,7 +8,7 @@ import kernels
 from model import Llama
 from model.config import LlamaConfig
 from tests.support import kernel_testing as kt
-from tests.support.step_testing import TINY
+from tests.support.step_testing import TINY, make_trainer, micro_batches, to_device
 from training.step.flat import ALIGNMENT, FlatParameters
 
 
@@ -153,3 +153,54 @@ def test_no_shape_needs_memory():
         model = Llama(LlamaConfig(**TINY), kernels.select("none", 2), torch.bfloat16)
     flat = FlatParameters(model)
     assert flat.values.device == flat.copies.device == torch.device("meta")
+
+
+# ------------------------------------------------------------------------------------------- the norms' gradients in rows
+
+
+def norms(spec: str, **options) -> dict[str, torch.Tensor]:
+    """The gradients of the norms' weights after two micro-steps and the passes of a trainer, by name."""
+    trainer = make_trainer(spec=spec, device=kt.DEVICE, kernels=spec, **options)
+    batches = to_device(micro_batches(0, rows=2))
+    trainer.step(batches, 2 * 2 * 32, 0.0)
+    gradients = trainer.flat.gradients.clone()
+    trainer.step(batches, 2 * 2 * 32, 0.0)  # what the first step left in the rows is gone
+    kt.assert_same_bits([trainer.flat.gradients], [gradients])
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.ndim == 1}
+
+
+@pytest.mark.parametrize("spec", ["rms_norm", "rms_norm,-rms_norm@0", "rms_norm@out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_norms_sum_their_gradients_in_rows_where_their_kernel_is_on(spec, dtype):
+    names = {f"layers.{i}.{norm}" for i in range(2) for norm in ("attention_norm", "ffn_norm")} | {"final_norm"}
+    chosen = {
+        "rms_norm,-rms_norm@0": names - {"layers.0.attention_norm", "layers.0.ffn_norm"},
+        "rms_norm@out": {"final_norm"},
+    }
+    model = make_trainer(spec=spec, device=kt.DEVICE, dtype=dtype).model
+    assert set(model.norms_with_rows()) == chosen.get(spec, names)
+    found, wanted = norms(spec, dtype=dtype), norms("none", dtype=dtype)
+    for name in names:
+        assert wanted[name].any()
+        assert kt.relative_rms(found[name], wanted[name].double()) < (1e-5 if dtype == torch.float32 else 5e-3), name
+
+
+def test_autograd_gets_the_gradients_of_norms_in_any_pass_but_a_trainers():
+    trainer = make_trainer(spec="rms_norm", device=kt.DEVICE)
+    tokens, targets, _ = to_device(micro_batches(0, rows=1))[0]
+    trainer.flat.clear_gradients()
+    trainer.model(tokens, targets).backward()
+    assert not trainer.flat.norm_rows.any()
+    assert trainer.model.final_norm.grad.any()
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_rows_do_not_travel_with_a_copy(copied):
+    model = make_trainer(spec="rms_norm", device=kt.DEVICE).model
+    if copied is not deepcopy:
+        model.ops = ()  # Triton's are not to be pickled
+    copy = copied(model)
+    assert model.final_norm_gradient_rows
+    assert model.layers[1].norm_gradient_rows[1]
+    assert copy.final_norm_gradient_rows == ()
+    assert [layer.norm_gradient_rows for layer in copy.layers] == [((), ())] * 2

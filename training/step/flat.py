@@ -10,6 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kernels.launch import target_of
+from kernels.rms_norm import gradient_row_count
 from model import Llama
 
 ALIGNMENT = 64
@@ -26,7 +28,8 @@ class FlatParameters:
 
     Attributes:
         values: (N,) float32, the parameters.
-        gradients: (N,) float32, zeros at first; backward passes add to it.
+        gradients: (N,) float32, zeros at first; backward passes add to it, but for some norms'.
+        norm_rows: (n, R, D) float32, zeros at first: where n norms sum the gradients of a step, `rms_norm`'s `gradient_rows`.
         copies: (C,) of the compute dtype; None in float32, where there are none.
         n_decayed: the first n_decayed elements belong to matrices, the others to vectors.
         n_leading: the first n_leading elements belong to the leading matrices.
@@ -62,6 +65,26 @@ class FlatParameters:
         for name, weight in model.weights().items():
             weight.bind(self.view(self.copies, name) if name in copies else None, self.view(self.gradients, name))
         model.refresh_compute_weights()
+        self.norm_rows, self._norms = self._bind_norms()
+
+    def _bind_norms(self) -> tuple[Tensor, list[Tensor]]:
+        """Rows for the norms that can use them, (n, R, D), and the gradients that the sums of the rows belong to."""
+        names, width, device = self.model.norms_with_rows(), self.model.config.dim, self.values.device
+        n_rows = gradient_row_count(width, target_of(self.values)) if names else 0
+        rows = torch.zeros((len(names), n_rows, width), device=device)
+        self.model.bind_norm_gradient_rows(dict(zip(names, rows.unbind(), strict=True)))
+        return rows, [self.view(self.gradients, name) for name in names]
+
+    def clear_gradients(self) -> None:
+        """What a step begins with."""
+        self.gradients.zero_()
+        self.norm_rows.zero_()
+
+    def finish_gradients(self) -> Tensor:
+        """Bring what backward passes have left elsewhere into `gradients`, which is returned."""
+        if self._norms:
+            torch._foreach_add_(self._norms, list(self.norm_rows.sum(1).unbind()))
+        return self.gradients
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """The place of a parameter in a buffer laid out as `values` is, in the parameter's shape."""

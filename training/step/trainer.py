@@ -90,7 +90,7 @@ class Trainer:
 
     def _step(self) -> None:
         """The step, from tensors that stay in their places to such tensors."""
-        gradients = self.flat.gradients.zero_()
+        self.flat.clear_gradients()
         loss = torch.zeros((), device=self.device)
         loss_scale = self.loss_scale.scale
         factor = loss_scale / self._valid_tokens
@@ -98,12 +98,13 @@ class Trainer:
             loss_sum = self.loss_sum(*micro_batch, factor)
             loss_sum.backward(factor)
             loss += loss_sum.detach()
+        gradients = self.flat.finish_gradients()
         self.world.sum(loss)
         self.world.sum(gradients)
         loss /= self._valid_tokens
 
         grad_norm = torch.linalg.vector_norm(gradients) / loss_scale
-        skip = (~(grad_norm.isfinite() & loss.isfinite())).float()
+        skip = (~(grad_norm + loss).isfinite()).float()
         factor = 1 / loss_scale
         if self.grad_clip:
             factor *= (self.grad_clip / (grad_norm + 1e-6)).clamp(max=1)
