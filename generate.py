@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,8 +11,8 @@ import tyro
 
 from kernels import grammar
 from model.config import option
-from training.command_line import from_toml
-from training.config import why_no_kernels
+from training import pretrained
+from training.config import TrainConfig, why_no_kernels
 from training.errors import UserError
 from training.log.console import printable
 from training.log.transcript import GrowingText, Transcript
@@ -25,9 +25,11 @@ class GenerateConfig:
     """Continue prompts with a trained model. Texts go to stdout as they grow, the speed to stderr."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")] = "out"
-    """A run's folder, or one checkpoint in it such as out/step-00000400."""
+    """A run's folder, one checkpoint in it such as out/step-00000400, a Hugging Face folder of a Llama, or a llama2.c file."""
     which: str = "last"
     """Checkpoint of a run's folder: last, best, or its name."""
+    tokenizer: str = ""
+    """Tokenizer file; empty: the one beside the weights."""
     prompt: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Text to continue; none, or an empty one: from the start of a document. Can be given several times."""
     prompts_file: str = ""
@@ -116,25 +118,21 @@ def read_prompts(config: GenerateConfig) -> list[tuple[str, str]]:
 def load(config: GenerateConfig):
     """The model that `config.checkpoint` names, on its device, and its tokenizer. UserError where it can't be had."""
     import kernels
-    from model import Llama, huggingface
-    from training.checkpoint import files as checkpoint
-    from training.data.tokenizer import tokenizer_of
+    from model import Llama
     from training.device import resolve_device, resolve_dtype
 
-    saved = checkpoint.load(config.checkpoint, config.which)
-    run = from_toml(saved.config_toml, str(saved.path / "config.toml"))
+    weights = pretrained.find(config.checkpoint, config.which)
     spec = "none" if config.kernels == "auto" else config.kernels
     # What a run was trained with does not bind who reads it.
-    run = replace(run, device=config.device, dtype=config.dtype, fused=False, kernels=spec, wandb_log=False)
+    run = TrainConfig(**vars(weights.config), device=config.device, dtype=config.dtype, kernels=spec)
     run.check()
     device = resolve_device(run)
     if config.kernels == "auto" and device.type == "cuda" and not why_no_kernels(run, has_gpu=True):
         spec = "all" if grammar.attention_serves(run.head_dim) else "all,-attention"
     with device:
         model = Llama(run.shape(), kernels.select(spec, run.n_layers), resolve_dtype(run, device))
-    model.load_state_dict(huggingface.pack(run.shape(), saved.tensors("model")), strict=True)
-    model.refresh_compute_weights()
-    return model.eval(), tokenizer_of(saved.tokenizer_name, saved.tokenizer, run.document_token)
+    weights.load_into(model)
+    return model.eval(), weights.tokenizer(config.tokenizer)
 
 
 class Writer:

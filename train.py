@@ -39,7 +39,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     """
     import kernels
     from model import Llama, flops
-    from training import void_options
+    from training import pretrained, void_options
     from training.checkpoint import state
     from training.checkpoint.saves import Saves
     from training.data.batches import Batches, prefetch
@@ -84,11 +84,13 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
         mine = batches.micro_batches(step, count, rank=world.rank, world_size=world.size, with_first_key=packed)
         return mine, sum(int((batch.targets != -100).sum()) for batch in mine)
 
-    # ---- the model, from scratch or from the last checkpoint
+    # ---- the model: from scratch, from weights, or from the last checkpoint
     seed_run(config.seed)
     with device:
         ops = kernels.select(running.kernel_spec, config.n_layers)
         model = Llama(config.shape(), ops, dtype, recompute=config.activation_checkpointing)
+    if config.weights:
+        pretrained.find(config.weights, config.which).load_into(model)
     trainer = Trainer(model, running, world)
     evaluation = Evaluation(config, trainer, dataset, world)
     if world.goes_on and run_folder.step_folders(Path(config.out_dir)):
@@ -100,7 +102,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     # ---- the records, kept by the main process. What can be refused has been by the time an earlier run's files are moved
     metrics = profiler = None
     if world.is_main:
-        notes = [resume_note, *remarks]
+        notes = [f"weights from {config.weights}" if config.weights else resume_note, *remarks]
         if running.fused and config.capture and world.size > 1:
             notes.append(f"--fused: with {world.size} processes a step is not captured as a CUDA graph")
         metrics = Metrics.of_run(config, progress.step)

@@ -1,6 +1,7 @@
 """The shape of a Llama and the presets. Imports nothing heavy, so that options are parsed and refused at once."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 MAX_VOCAB_SIZE = 2**31 - 1
 RECOMPUTE = ("none", "selective", "full")
@@ -39,6 +40,8 @@ class LlamaConfig:
     """Llama 3.1 frequency scaling: wavelengths shorter than the original length over this are left alone."""
     rope_original_max_seq_len: int = 8192
     """Llama 3.1 frequency scaling: sequence length that the unscaled model was trained at."""
+    rope_precision: Literal["float64", "float32"] = "float64"
+    """Of the RoPE angles before their float32 cosines: float32 is what transformers trains with, 9e-3 off at position 131,072."""
     tie_embeddings: bool = True
     """Whether the output head shares its weight with the input embedding."""
     dropout: float = 0.0
@@ -86,6 +89,8 @@ class LlamaConfig:
             )
         if self.ffn_dim < 0:
             raise ValueError(f"--ffn-dim is {self.ffn_dim}; it must be 0 (from dim and multiple_of) or more")
+        if self.rope_precision not in ("float64", "float32"):
+            raise ValueError(f"--rope-precision is {self.rope_precision!r}; allowed: float64, float32")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"--dropout is {self.dropout}; it must be at least 0 and less than 1")
         if not self.norm_eps > 0.0:

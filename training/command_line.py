@@ -16,7 +16,7 @@ import tomli_w
 import tyro
 
 from model.config import option
-from training import run_folder
+from training import pretrained, run_folder
 from training.config import TrainConfig, defaults, preset_options
 from training.errors import UserError
 
@@ -37,11 +37,17 @@ def parse(arguments: list[str]) -> TrainConfig:
     if early.pop("optimizer", "") == "fused-adamw":
         raise UserError("--optimizer fused-adamw is now --kernels adamw, which --fused and --kernels all include")
     file = _read_toml(Path(early["config"]), "--config") if "config" in early else {}
-    asked = file | early
+    asked = file | _with_home(file) | early
     preset = asked.get("preset")
     base = defaults(preset or "reference", asked.get("device", "auto"))
-    if asked.get("init_from") == "resume" and not {"-h", "--help"} & set(arguments):
-        base = _resumed(base, asked.get("out_dir", base.out_dir), preset, asked.get("which", base.which))
+    weights = None
+    if not {"-h", "--help"} & set(arguments):
+        init_from, which = asked.get("init_from", base.init_from), asked.get("which", base.which)
+        if init_from == "resume":
+            base = _resumed(base, asked.get("out_dir", base.out_dir), preset, which)
+        elif init_from != "scratch":
+            weights = pretrained.of_option(init_from, which)
+            base = replace(base, **weights.options())
     base = replace(base, **file)
     config, unknown = tyro.cli(
         TrainConfig, args=arguments, default=base, description=TrainConfig.__doc__, return_unknown_args=True
@@ -52,6 +58,8 @@ def parse(arguments: list[str]) -> TrainConfig:
         raise UserError(_unknown_option(unknown[0].partition("=")[0], [option(name) for name in _spellings()]))
     config = replace(config, **_with_home(vars(config)))
     config.check()
+    if weights:
+        weights.check_agrees(config)
     return config
 
 
@@ -129,6 +137,8 @@ def _resumed(base: TrainConfig, out_dir: str, preset: str | None, which: str) ->
         raise UserError(f"{error}{run_folder.others_than(folder)}") from None
     if preset not in (None, saved.preset):
         saved = replace(saved, **preset_options(preset))
+    if saved.tokenizer and not Path(saved.tokenizer).is_file():  # the checkpoint has a copy
+        saved = replace(saved, tokenizer=str(pretrained.tokenizer_in(folder) or saved.tokenizer))
     # What was said of that call, not of the run; and the folder may have been moved since.
     return replace(saved, config="", eval_only=False, profile=False, init_from="resume", which="last", out_dir=out_dir)
 

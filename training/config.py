@@ -64,7 +64,7 @@ class TrainConfig(LlamaConfig):
     data_dir: str = "data"
     """Folder for downloads, tokenizers and token shards."""
     tokenizer: str = ""
-    """A sentencepiece .model file, or a tokenizer.json (pip install triton-llama[hf]); empty: one is trained on the data."""
+    """A sentencepiece .model, or a tokenizer.json (pip install triton-llama[huggingface]); empty: one is trained on the data."""
     document_token: str = ""
     """The token of --tokenizer that opens each document; empty: its beginning of sequence, else <|endoftext|>."""
     split_text: Literal["blank-lines", "whole"] = "blank-lines"
@@ -75,10 +75,10 @@ class TrainConfig(LlamaConfig):
     """Share of the documents held out for validation, where the data has no validation split of its own."""
     out_dir: str = "out"
     """Folder of the run: checkpoints, metrics, the loss curve."""
-    init_from: Literal["scratch", "resume"] = "scratch"
-    """Start anew, or continue from the last checkpoint in out_dir, to the bit."""
+    init_from: str = "scratch"
+    """scratch, resume (the run in out_dir, to the bit), or weights: a Hugging Face folder, another run or checkpoint, a .bin."""
     which: str = "last"
-    """Checkpoint that --init-from resume continues: last, best or a name such as step-00000400."""
+    """Checkpoint of a run's folder that --init-from continues or takes: last, best or a name such as step-00000400."""
 
     # How long, how often
     max_iters: int = 100_000
@@ -168,6 +168,11 @@ class TrainConfig(LlamaConfig):
     """Weights & Biases run name; empty: theirs."""
     profile: bool = False
     """Write a torch profiler trace of steps 3 to 5 to out_dir/profile.json."""
+
+    @property
+    def weights(self) -> str:
+        """The weights that --init-from names; empty where the run starts from scratch or resumes."""
+        return "" if self.init_from in ("scratch", "resume") else self.init_from
 
     @property
     def kernel_spec(self) -> str:

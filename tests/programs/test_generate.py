@@ -246,8 +246,11 @@ def test_a_compiled_step_is_what_is_asked_for(run, monkeypatch):
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
-    for folder, found in ((tmp_path, "holds no checkpoint"), (tmp_path / "missing", "is no folder")):
-        refused(call(generate, [str(folder)]), f"there is no checkpoint 'last' in {folder}, which {found}")
+    refused(
+        call(generate, [str(tmp_path)]), f"{tmp_path} holds no weights that are known: it has nothing; wanted a run's"
+    )
+    missing = tmp_path / "missing"
+    refused(call(generate, [str(missing)]), f"there is no checkpoint 'last' in {missing}, which is no folder")
 
 
 def test_a_damaged_checkpoint_is_named(run, tmp_path):

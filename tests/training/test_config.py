@@ -367,7 +367,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(words, message):
     assert re.search(message.replace("**", r"\*\*"), error(*words.split()))
 
 
-@pytest.mark.parametrize("words", ["--dim x", "--dim 1.5", "--dtype float8", "--init-from gpt2"])
+@pytest.mark.parametrize("words", ["--dim x", "--dim 1.5", "--dtype float8"])
 def test_a_value_of_another_type_ends_with_status_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(words.split())

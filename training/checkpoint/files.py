@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from model.huggingface.folder import write_file
 from training.errors import UserError
 from training.run_folder import STEP_FOLDER, find, others_than, pointed_at, step_folders
 
@@ -227,13 +228,7 @@ def _write_tensors(folder: Path, group: str, named: dict[str, Tensor], max_file_
         file_name = f"{group}{suffix}.safetensors"
         # The copy gives each tensor memory of its own, which the format asks for, and is made for one file at a time.
         copies = {name: named[name].detach().contiguous().to("cpu", copy=True) for name in names}
-        (folder / file_name).touch()  # with the mode that the umask gives: the library would make it the owner's alone
-        mode = (folder / file_name).stat().st_mode
-        try:
-            safetensors.torch.save_file(copies, folder / file_name)
-            (folder / file_name).chmod(mode)
-        except safetensors.SafetensorError as error:  # how the library reports what the system said
-            raise OSError(f"{file_name}: {error}") from error
+        write_file(folder / file_name, copies)
         weight_map |= dict.fromkeys(names, file_name)
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in named.values())}, "weight_map": weight_map}

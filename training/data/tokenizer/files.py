@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from model.llama2c.tokenizer import sentencepiece_of
 from training.data.tokenizer.interface import Tokenizer
 from training.data.tokenizer.json_file import JsonTokenizer
 from training.data.tokenizer.sentencepiece_file import SentencePieceTokenizer
@@ -14,7 +15,7 @@ FILE_NAMES = (SentencePieceTokenizer.file_name, JsonTokenizer.file_name)
 
 
 def load_tokenizer(path: str | Path, document_token: str = "") -> Tokenizer:
-    """The tokenizer of a file, as --tokenizer names it: a `.json` is a tokenizer.json, any other a sentencepiece model.
+    """The tokenizer of a file, as --tokenizer names it: `.json` is a tokenizer.json, `.bin` llama2.c's, any other sentencepiece's.
 
     Raises:
         UserError: no such file, or it is something else, or it has no token to open documents with.
@@ -26,6 +27,11 @@ def load_tokenizer(path: str | Path, document_token: str = "") -> Tokenizer:
         raise UserError(
             f"--tokenizer {path}: {error.strerror}; wanted a sentencepiece .model file or a tokenizer.json"
         ) from error
+    if path.suffix.lower() == ".bin":
+        try:
+            content = sentencepiece_of(content)
+        except ValueError as error:
+            raise UserError(f"--tokenizer {path}: {error}") from None
     name = JsonTokenizer.file_name if path.suffix.lower() == ".json" else SentencePieceTokenizer.file_name
     return tokenizer_of(name, content, document_token, name=f"--tokenizer {path}")
 

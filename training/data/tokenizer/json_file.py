@@ -29,7 +29,7 @@ class JsonTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError(f"{name} needs the tokenizers library: pip install triton-llama[hf]") from error
+            raise UserError(f"{name} needs the tokenizers library: pip install triton-llama[huggingface]") from error
         try:
             spec = json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())

@@ -4,12 +4,15 @@ Here wqkv packs [q, k, v] and w_gate_up packs [gate, up]; there each is its own 
 sides, so nothing is permuted. A tied head is stored once, under the embedding's name.
 """
 
-from collections.abc import Collection
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Collection, Set
+from typing import TYPE_CHECKING
 
 from model.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LAYER = {
     "attention_norm": ("input_layernorm.weight",),
@@ -34,28 +37,54 @@ def names(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     return table
 
 
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every canonical tensor, by name."""
+    dim, ffn, kv = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
+    of_layer = {
+        "attention_norm": ((dim,),),
+        "wqkv.weight": ((dim, dim), (kv, dim), (kv, dim)),
+        "wo.weight": ((dim, dim),),
+        "ffn_norm": ((dim,),),
+        "w_gate_up.weight": ((ffn, dim), (ffn, dim)),
+        "w_down.weight": ((dim, ffn),),
+    }
+    of_rest = {
+        "embedding.weight": ((config.vocab_size, dim),),
+        "final_norm": ((dim,),),
+        "head.weight": ((config.vocab_size, dim),),
+    }
+    table = {}
+    for ours, theirs in names(config).items():
+        parts = of_rest[ours] if ours in of_rest else of_layer[ours.split(".", 2)[2]]
+        table |= dict(zip(theirs, parts, strict=True))
+    return table
+
+
 def unpack(config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters of `Llama` by name, all or some (or what has their shapes, an optimizer's moments), as canonical tensors."""
-    kv = config.n_kv_heads * config.head_dim
-    rows = {"wqkv.weight": (config.dim, kv, kv), "w_gate_up.weight": (config.hidden_dim, config.hidden_dim)}
-    canonical = {}
+    of, canonical = shapes(config), {}
     for ours, theirs in names(config).items():
         if ours not in tensors:
             continue
-        widths = next((widths for end, widths in rows.items() if ours.endswith(end)), None)
-        parts = tensors[ours].split(widths) if widths else (tensors[ours],)
+        parts = tensors[ours].split([of[name][0] for name in theirs])
         canonical |= dict(zip(theirs, parts, strict=True))
     return canonical
 
 
 def pack(config: LlamaConfig, canonical: dict[str, Tensor], only: Collection[str] | None = None) -> dict[str, Tensor]:
     """Inverse of `unpack`. only: the parameters wanted, if not all. ValueError that lists what is missing and what is unknown."""
+    import torch
+
     table = {ours: theirs for ours, theirs in names(config).items() if only is None or ours in only}
-    wanted = {name for theirs in table.values() for name in theirs}
-    missing, unknown = sorted(wanted - canonical.keys()), sorted(canonical.keys() - wanted)
+    check_complete({name for theirs in table.values() for name in theirs}, canonical.keys())
+    return {ours: torch.cat([canonical[name] for name in theirs]) for ours, theirs in table.items()}
+
+
+def check_complete(wanted: Set[str], found: Set[str]) -> None:
+    """ValueError that lists what is missing and what does not belong, where there is any."""
+    missing, unknown = sorted(wanted - found), sorted(found - wanted)
     if missing or unknown:
         raise ValueError(f"weights do not fit the model: missing {_some(missing)}; not part of it {_some(unknown)}")
-    return {ours: torch.cat([canonical[name] for name in theirs]) for ours, theirs in table.items()}
 
 
 def _some(items: list[str]) -> str:
