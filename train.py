@@ -56,6 +56,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     from training.evaluation import Evaluation
     from training.log import profiling
     from training.log.metrics import Metrics
+    from training.log.model_card import write_model_card
     from training.log.plot import draw_loss_curve
     from training.progress import Progress, UnderWay
     from training.step.readback import lag
@@ -179,6 +180,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     if world.is_main and not config.eval_only:
         try:
             draw_loss_curve(Path(config.out_dir) / "metrics.jsonl", Path(config.out_dir) / "loss.png")
+            write_model_card(config, dataset, name_of(device), progress.step)
         except UserError as error:
             complain(str(error))
         say(

@@ -14,6 +14,9 @@ STEP_FOLDER = re.compile(r"step-\d{8,}")
 LOCK = ".lock"
 RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "loss.png", "profile.json", "tensorboard")
 """What a run writes into its folder beside its checkpoints; and `wandb`, where wandb keeps each run by itself."""
+CARD = "README.md"
+CARD_MARK = "<!-- The model card of a run: train.py writes it anew when the run ends or stops. -->"
+"""The first line of a card, by which a README.md that someone else wrote is told from it, and left alone."""
 
 
 def find(out_dir: str | Path, which: str = "last") -> Path:
@@ -106,8 +109,8 @@ def _set_aside(out_dir: Path) -> Path:
     earlier.mkdir()
     moved: list[Path] = []
     try:
-        for path in (*step_folders(out_dir), *out_dir.glob(".old-step-*"), *map(out_dir.joinpath, RUN_FILES)):
-            if path.exists():
+        for path in (*step_folders(out_dir), *out_dir.glob(".old-step-*"), *map(out_dir.joinpath, (*RUN_FILES, CARD))):
+            if path.exists() and (path.name != CARD or is_card(path)):
                 path.rename(earlier / path.name)
                 moved.append(path)
     except OSError:
@@ -116,6 +119,12 @@ def _set_aside(out_dir: Path) -> Path:
         earlier.rmdir()
         raise
     return earlier
+
+
+def is_card(path: Path) -> bool:
+    """Whether a README.md is the model card of a run. OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return file.readline().strip() == CARD_MARK.encode()
 
 
 def _cannot_write(out_dir: str | Path, error: OSError) -> UserError:

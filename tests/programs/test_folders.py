@@ -89,7 +89,7 @@ def test_a_run_that_starts_in_a_used_folder_sets_the_earlier_one_aside(run, tmp_
     assert pointers(out_dir) == ("step-00000003", "step-00000003")
     assert {path.name for path in out_dir.iterdir()} == {
         *("earlier-1", "earlier-2", "notes.md", "step-00000003", "best", "last"),
-        *("config.toml", "metrics.jsonl", "loss.png"),
+        *("config.toml", "metrics.jsonl", "loss.png", "README.md"),
     }
 
 
