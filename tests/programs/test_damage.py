@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.support.run_testing import TINY, Result, arguments, call, records
+from tests.support.run_testing import TINY, Result, arguments, call, records, write_text
 from training.checkpoint import files as checkpoint
 
 
@@ -75,3 +75,27 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(made):
     assert result.status == 2
     assert "no checkpoint 'step-00000005' in" in result.err
     assert "which holds step-00000004, step-00000008, step-00000012" in result.err
+
+
+@pytest.mark.fault(
+    "a token shard is replaced under a resumed run",
+    "it is named, and which folder to delete; made anew, the run goes on",
+)
+def test_a_shard_that_was_replaced_is_named(run, tmp_path):
+    text = {"data": write_text(tmp_path / "text.txt"), "data_dir": tmp_path / "data"}
+    assert run(**text, max_iters=2).status == 0
+    (folder,) = (tmp_path / "data").iterdir()
+    # Whole, of the same tokenizer, and of another text.
+    write_text(tmp_path / "other.txt", documents=190)
+    options = {"data": tmp_path / "other.txt", "data_dir": tmp_path / "other", "tokenizer": folder / "tokenizer.model"}
+    assert run(**options, out_dir=tmp_path / "elsewhere", max_iters=1).status == 0
+    shutil.copy(next((tmp_path / "other").glob("*/train-00000.bin")), folder)
+    result = resume(tmp_path / "out", max_iters=4)
+    assert result.status == 2
+    assert re.fullmatch(
+        rf"train\.py: error: damaged token shards: {re.escape(str(folder))}/train-00000\.bin is not the file that was prepared: "
+        rf"its content has changed; delete {re.escape(str(folder))} and they are made anew\n",
+        result.err,
+    )
+    shutil.rmtree(folder)
+    assert resume(tmp_path / "out", max_iters=4).status == 0

@@ -156,6 +156,9 @@ def test_a_shard_of_another_tokenizer_is_refused(shard):
 def test_a_token_id_past_the_vocabulary_is_refused(shard):
     path, run = shard
     raw = bytearray(path.read_bytes())
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    del manifest["digests"]  # which would notice first
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
     raw[88:] = b"\x2c\x01" * ((len(raw) - 88) // 2)  # 300, the first one that is none
     path.write_bytes(raw)
     refused(run(), "token id 300, allowed: below the vocabulary size 300")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from training.data import corpus, shards
+from training.data import corpus, digests, shards
 from training.data import prepare as preparing
 from training.data.corpus import open_corpus
 from training.data.prepare import prepare
@@ -269,7 +269,49 @@ def test_a_damaged_manifest_is_refused(prepare_here, folder, content):
         prepare_here()
 
 
+def test_a_shard_whose_content_has_changed_is_named(prepare_here, folder):
+    path = folder / "train-00000.bin"
+    whole = path.read_bytes()
+    for at in (shards._HEADER.size, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(
+            UserError, match=r"train-00000\.bin is not the file that was prepared: .*delete .*made anew"
+        ):
+            prepare_here()
+    path.write_bytes(whole)
+    assert prepare_here().train.n_tokens > 0
+
+
+def test_of_a_large_shard_evenly_spaced_blocks_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(digests, "BLOCKS", 8)
+    path, whole = tmp_path / "shard", bytes(range(100))
+    path.write_bytes(whole)
+    before, noticed = digests.digest(path), set()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        if digests.digest(path) != before:
+            noticed.add(at)
+    assert len(noticed) == 32
+    assert {0, 3, 96, 99} <= noticed
+    assert all(noticed & set(range(at, at + 14)) for at in range(87))
+    path.write_bytes(whole + b"x")
+    assert digests.digest(path) != before
+
+
+def test_shards_of_earlier_versions_have_no_digests_and_are_read(prepare_here, folder):
+    forget_digests(folder)
+    assert prepare_here().train.n_tokens > 0
+
+
+def forget_digests(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["digests"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_token_past_the_vocabulary_is_refused_when_it_is_read(prepare_here, folder):
+    forget_digests(folder)
     path = folder / "train-00000.bin"
     whole = bytearray(path.read_bytes())
     whole[shards._HEADER.size + 20 : shards._HEADER.size + 22] = struct.pack("<H", VOCAB)

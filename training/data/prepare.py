@@ -23,6 +23,7 @@ from training import folder_lock
 from training.config import TrainConfig
 from training.data import shards
 from training.data.corpus import Corpus, Part, Split, open_corpus
+from training.data.digests import digest
 from training.data.shards import Dataset, Encoded, ShardWriter, open_dataset, token_dtype
 from training.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from training.errors import UserError
@@ -160,6 +161,7 @@ def _build(
             "document_token": tokenizer.document_token,
         }
         manifest |= {split: writer.close() for split, writer in writers.items()}
+        manifest["digests"] = {name: digest(unfinished / name) for split in writers for name in manifest[split]}
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for file in [*unfinished.iterdir(), unfinished]:
             _fsync(file)

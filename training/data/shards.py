@@ -4,7 +4,7 @@ A prepared source is one folder:
 
     tokenizer.model or tokenizer.json   the tokenizer that encoded it
     train-00000.bin, val-00000.bin ...  the shards: a header (`_HEADER`), then the tokens, little-endian uint16 or 32
-    manifest.json                       what the folder holds, in order
+    manifest.json                       what the folder holds, in order, and a digest of each shard
 
 Its name ends in a hash of all it depends on, so sources and vocabularies lie side by side. It is written under a name
 that starts with `.tmp-` and renamed when complete and on the disk: a reader never sees half of one. A `.tmp-` folder
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training.data import digests
 from training.data.corpus import Split
 from training.data.tokenizer import FILE_NAMES, Tokenizer, tokenizer_of
 from training.errors import UserError
@@ -123,6 +124,7 @@ def open_dataset(folder: Path) -> Dataset:
             )
             for split in ("train", "val")
         }
+        digests.check(folder, manifest.get("digests", {}))  # there are none of what was prepared long ago
         return Dataset(**splits, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
