@@ -5,6 +5,7 @@ Defaults come from the preset, then from the run being resumed, then from a TOML
 
 import argparse
 import difflib
+import math
 import os
 import tomllib
 import typing
@@ -150,17 +151,25 @@ def to_toml(config: TrainConfig) -> str:
 
 def from_toml(text: str, name: str) -> TrainConfig:
     """A configuration that `to_toml` wrote; name: of the file, for errors."""
-    return TrainConfig(**_options(tomllib.loads(text), name))
+    return TrainConfig(**_options(_table(text, name), name))
 
 
 def _read_toml(path: Path, source: str) -> dict:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except OSError as error:
         raise UserError(f"{source}: {path} could not be read: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, or not TOML
+    except ValueError as error:  # not UTF-8
         raise UserError(f"{source}: {path} is not a TOML file: {error}") from None
-    return _options(table, str(path))
+    return _options(_table(text, f"{source}: {path}"), str(path))
+
+
+def _table(text: str, name: str) -> dict:
+    """The keys and values of a TOML file; name: of the file, for errors."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not a TOML file: {error}") from None
 
 
 def _options(table: dict, path: str) -> dict:
@@ -179,7 +188,7 @@ def _options(table: dict, path: str) -> dict:
                 raise UserError(f"{path}: {key} is {value!r}; allowed: {', '.join(typing.get_args(wanted))}")
         else:
             if wanted is float and type(value) is int:
-                value = float(value)
+                value = float(value) if abs(value) < 2**1000 else math.inf
             if type(value) is not wanted:
                 raise UserError(f"{path}: {key} is {value!r}, of type {type(value).__name__}; wanted {wanted.__name__}")
         options[name] = value

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 
 import numpy
@@ -212,12 +213,13 @@ def test_a_manifest_of_another_version_or_shape_is_refused(tmp_path, manifest, m
         checkpoint.load(tmp_path)
 
 
-def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
+@pytest.mark.parametrize("name", ["../last", "a\0b", "\udcff", "/etc/passwd", ".", ""])
+def test_a_manifest_cannot_name_files_outside_its_folder_or_what_is_no_name(tmp_path, name):
     manifest = save(tmp_path, 1) / "manifest.json"
     content = json.loads(manifest.read_text())
-    content["files"]["../last"] = {"size": 14, "sha256": ""}
+    content["files"][name] = {"size": 14, "sha256": ""}
     manifest.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"damaged at '\.\./last'"):
+    with pytest.raises(UserError, match=f"damaged at {re.escape(repr(name))}" if name else "cannot be read"):
         checkpoint.load(tmp_path)
 
 

@@ -63,7 +63,11 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.path} has no {group}.safetensors; it holds {', '.join(self.files)}")
         tensors = {}
         for name in names:
-            tensors |= safetensors.torch.load_file(self.path / name)
+            try:
+                tensors |= safetensors.torch.load_file(self.path / name)
+            # What the library says of a header that was made up; the hash that goes with it may have been, too.
+            except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+                raise UserError(f"checkpoint {self.path}: {name} is no safetensors file: {error}") from error
         return tensors
 
 
@@ -146,13 +150,13 @@ def load(path: str | Path, which: str = "last") -> Checkpoint:
 def _read(path: Path) -> Checkpoint:
     try:
         files = _verified_files(path)
-        state = json.loads((path / "state.json").read_bytes())
+        state = _state(path)
         tokenizer_name = next(name for name in TOKENIZERS if name in files)
         return Checkpoint(
             path=path,
             step=state["step"],
             state=state["state"],
-            config_toml=(path / "config.toml").read_bytes().decode(),
+            config_toml=(path / "config.toml").read_bytes().decode(errors="replace"),
             tokenizer_name=tokenizer_name,
             tokenizer=(path / tokenizer_name).read_bytes(),
             files=files,
@@ -160,6 +164,17 @@ def _read(path: Path) -> Checkpoint:
     except OSError as error:
         name = Path(error.filename or path).name
         raise UserError(f"checkpoint {path}: {name} cannot be read: {error.strerror or error}") from error
+
+
+def _state(path: Path) -> dict:
+    """What state.json holds: the step, and a table of the caller's."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        if type(state["step"]) is int and state["step"] >= 0 and isinstance(state["state"], dict):
+            return state
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"checkpoint {path}: state.json is damaged: it holds no step with a state")
 
 
 def rng_state() -> tuple[dict, dict[str, Tensor]]:
@@ -243,11 +258,13 @@ def _verified_files(path: Path) -> tuple[str, ...]:
         if version != FORMAT_VERSION:
             raise UserError(f"checkpoint {path} has format version {version!r}; this program reads {FORMAT_VERSION}")
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"checkpoint {path}: {MANIFEST} is damaged") from error
     tokenizer = next((name for name in TOKENIZERS if name in expected), TOKENIZERS[0])
     for name in {*expected, "state.json", "config.toml", tokenizer}:
-        if name not in expected or Path(name).name != name:
+        if name not in expected or Path(name).name != name or not name.isprintable():
             raise UserError(f"checkpoint {path}: {MANIFEST} is damaged at {name!r}")
     for name, (size, sha256) in expected.items():
         with open(path / name, "rb") as file:
