@@ -63,6 +63,14 @@ def test_greedy_text_does_not_depend_on_the_seed(run):
     assert greedy != text_of(run, "--seed=1")
 
 
+@pytest.mark.fault(
+    "a temperature so near to zero that logits divided by it are infinite", "the likeliest token is taken"
+)
+@pytest.mark.parametrize("temperature", ["1e-30", "1e-45", "5e-324"])
+def test_text_at_a_temperature_near_zero_is_greedy(run, temperature):
+    assert text_of(run, f"--temperature={temperature}") == text_of(run, "--temperature=0")
+
+
 def test_the_text_begins_with_the_prompt_and_goes_on(run):
     text = text_of(run, "--prompt=the cat sat", "--temperature=0")
     assert text.startswith("the cat sat")
