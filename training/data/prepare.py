@@ -160,8 +160,9 @@ def _build(
             "tokenizer_sha256": tokenizer.hash,
             "document_token": tokenizer.document_token,
         }
-        manifest |= {split: writer.close() for split, writer in writers.items()}
-        manifest["digests"] = {name: digest(unfinished / name) for split in writers for name in manifest[split]}
+        names = {split: writer.close() for split, writer in writers.items()}
+        digests = {name: digest(unfinished / name) for of_split in names.values() for name in of_split}
+        manifest |= {**names, "digests": digests}
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for file in [*unfinished.iterdir(), unfinished]:
             _fsync(file)
