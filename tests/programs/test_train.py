@@ -26,6 +26,7 @@ from training import evaluation
 from training.checkpoint import files as checkpoint
 from training.command_line import from_toml, parse
 from training.data.tokenizer import load_tokenizer
+from training.distributed import World
 from training.step import readback
 from training.step import trainer as step
 from training.step.schedule import learning_rate
@@ -193,6 +194,28 @@ def poison(monkeypatch, steps):
         return loss * float("inf") if torch.is_grad_enabled() and next(count) in steps else loss
 
     monkeypatch.setattr(step.Trainer, "_loss_sum", poisoned)
+
+
+@pytest.mark.fault("the loss or the gradient of a step is not finite", "the step is skipped, shown and counted")
+@pytest.mark.parametrize("not_finite", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_of_a_loss_that_is_changes_nothing(run, tmp_path, monkeypatch, not_finite):
+    """One number of the gradient is enough."""
+    sum_over_processes, sums = World.sum, iter(range(10**6))
+
+    def sum_and_poison(self, tensor):
+        sum_over_processes(self, tensor)
+        if tensor.numel() > 2 and next(sums) in (4, 11):  # of the gradients, which a step sums last
+            tensor[tensor.numel() // 2] = not_finite
+
+    monkeypatch.setattr(World, "sum", sum_and_poison)
+    result = run(eval_interval=4, always_save_checkpoint=True)
+    assert result.status == 0
+    assert [line["step"] for line in records(tmp_path / "out", "step") if line["skipped"]] == [4, 11]
+    assert all(line["loss"] is not None for line in records(tmp_path / "out", "step"))
+    assert re.findall(r"^(\d+) \| loss \d\.\d+ .*skipped: not finite$", result.out, re.M) == ["4", "11"]
+    saved = checkpoint.load(tmp_path / "out")
+    assert (saved.state["skipped"], saved.state["updates"]) == (2, 10)
+    assert all(tensor.isfinite().all() for group in ("model", "optimizer") for tensor in saved.tensors(group).values())
 
 
 @pytest.mark.fault("the loss or the gradient of a step is not finite", "the step is skipped, shown and counted")
