@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import tomllib
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 import export
+import generate
 import train
 from model.huggingface.folder import FolderTensors
-from tests.support.run_testing import TINY, Result, arguments, call, records, write_text
+from tests.support.run_testing import ROOT, TINY, Result, arguments, call, records, write_text
 from tests.support.weights_testing import LLAMA3, canonical, llama, write_folder
 
 SHAPE_OF_RUN = {"vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "preset"}
@@ -169,8 +171,8 @@ def test_bad_weights_are_named(tmp_path):
     )
     bare = write_folder(tmp_path / "bare", llama(), tokenizer=False)
     refused(started(out, init_from=bare), r"bare has no tokenizer beside it \(.*\); name the one .* by --tokenizer")
-    (bare / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
-    refused(started(out, init_from=bare), "tokenizer")
+    (bare / "tokenizer.bin").write_text("no tokenizer")
+    refused(started(out, init_from=bare), r"--tokenizer .*tokenizer\.bin: no tokenizer\.bin of llama2\.c: ")
 
 
 def test_rope_in_float32_is_an_option_that_stays_with_the_run(tmp_path):
@@ -182,3 +184,38 @@ def test_rope_in_float32_is_an_option_that_stays_with_the_run(tmp_path):
         ),
         "holds another model: --rope-precision is float64, was float32",
     )
+
+
+def test_the_vocabulary_of_weights_may_be_padded_to_any_size(tmp_path):
+    source = write_folder(tmp_path / "hf", llama(vocab_size=333))
+    assert begun(tmp_path / "out", init_from=source)["vocab_size"] == 333
+    result = call(train, ["--init-from=resume", f"--out-dir={tmp_path / 'out'}", "--max-iters=5"])
+    assert (result.status, result.err) == (0, ""), result
+    source = write_folder(tmp_path / "small", llama(vocab_size=290))
+    refused(started(tmp_path / "out2", init_from=source), "--vocab-size is 290, but --tokenizer .* has 300 tokens")
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """From a run to a folder for transformers, from such a folder to a run fine-tuned on a .jsonl, and on."""
+    monkeypatch.chdir(tmp_path)
+    begun(tmp_path / "out", init_from=write_folder(tmp_path / "random", llama()))
+    stories = (tmp_path / "text.txt").read_text().split("\n\n")
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    page = (ROOT / "README.md").read_text()
+    block = re.search(r"## Weights in and out\n\n```\n(.*?)```", page, re.DOTALL)[1]
+    small = {name: SHORT[name] for name in ("preset", "eval_iters", "sample_tokens", "device", "tensorboard")}
+    shorter = arguments(**small, max_iters=4, warmup_iters=1, eval_interval=2, gradient_accumulation_steps=1)
+    programs = {"export.py": (export, []), "generate.py": (generate, ["--device=cpu"]), "train.py": (train, shorter)}
+    for line in block.splitlines():
+        _, name, *words = shlex.split(line, comments=True)
+        program, more = programs[name]
+        result = call(program, words + more)
+        assert result.status == 0, (line, result.err)
+    result = call(train, ["--init-from=resume", "--out-dir=tuned", "--max-iters=6"])
+    assert result.status == 0, result.err
+    assert call(export, ["tuned", "tuned-hf"]).status == 0
+    greedy = ["--prompt=the cat", "--temperature=0", "--device=cpu", "--max-new-tokens=30"]
+    texts = [call(generate, [folder, *greedy]).out for folder in ("tuned", "tuned-hf")]
+    assert texts[0] == texts[1]
+    tuned, former = FolderTensors("tuned-hf"), FolderTensors("hf")
+    assert not any(torch.equal(tuned[name], former[name]) for name in former)

@@ -142,3 +142,47 @@ def test_fine_tuning_from_their_folder_and_back_to_them(tmp_path):
     text = their_text(folder, "the cat", 30)
     assert printable(text, "utf-8") == our_text(tmp_path / "out", "the cat", 30)
     assert printable(text, "utf-8") != our_text(source, "the cat", 30)
+
+
+def byte_level() -> bytes:
+    """A tokenizer.json of GPT-2's kind, which puts nothing in front of a text."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(texts(), trainer)
+    return library.to_str().encode()
+
+
+def test_a_tokenizer_json_is_exported_with_the_token_that_opens_documents(tmp_path):
+    source = write_folder(tmp_path / "source", llama(), tokenizer=False)
+    (source / "tokenizer.json").write_bytes(byte_level())
+    folder = exported(source, tmp_path / "hf")
+    tokenizer, mine = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of("tokenizer.json", byte_level())
+    for text in texts():
+        ids = mine.encode(text, bos=True)
+        assert tokenizer(text)["input_ids"] == ids, text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == mine.bos_id
+    assert theirs(folder).generation_config.eos_token_id == mine.bos_id
+    # Once more, from what is now a file that puts it in front itself.
+    again = exported(folder, tmp_path / "again")
+    assert (again / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    result = call(export, [str(source), str(tmp_path / "m.bin"), "--format=llama2c"])
+    assert result.status == 2
+    assert "run.c reads sentencepiece's tokenizers only" in result.err
+
+
+def test_a_damaged_tokenizer_json_is_named(tmp_path):
+    source = write_folder(tmp_path / "source", llama(), tokenizer=False)
+    for content in (b"", b"{", b'{"version": "1.0"}', b"[]", byte_level()[:-100]):
+        (source / "tokenizer.json").write_bytes(content)
+        result = call(export, [str(source), str(tmp_path / "hf")])
+        assert result.status == 2
+        assert re.fullmatch(r"export\.py: error: [^\n]*tokenizer\.json[^\n]*\n", result.err), result.err
+    assert not (tmp_path / "hf").exists()

@@ -42,6 +42,7 @@ def prepare_for(config: TrainConfig, *, show_progress: bool) -> Dataset:
         data_dir=config.data_dir,
         tokenizer_file=config.tokenizer or None,
         document_token=config.document_token,
+        any_padding=config.init_from != "scratch",
         split_text=config.split_text,
         text_field=config.text_field or None,
         val_fraction=config.val_fraction,
@@ -56,6 +57,7 @@ def prepare(
     data_dir: str | Path,
     tokenizer_file: str | Path | None = None,
     document_token: str = "",
+    any_padding: bool = False,
     split_text: str = "blank-lines",
     text_field: str | None = None,
     val_fraction: float = 0.05,
@@ -73,6 +75,7 @@ def prepare(
         data_dir: where prepared sources and downloads are kept.
         tokenizer_file: a sentencepiece `.model` file or a `tokenizer.json` to use instead of training one.
         document_token: the token of that tokenizer that opens each document; empty: what the file says.
+        any_padding: vocab_size may be padded to any size: it is that of weights that are there.
         split_text: as in `corpus.open_corpus`.
         text_field: as in `corpus.open_corpus`.
         val_fraction: as in `corpus.open_corpus`.
@@ -83,7 +86,7 @@ def prepare(
     Raises:
         UserError: a bad source, tokenizer or vocabulary size, damaged shards, or a folder that can't be written.
     """
-    tokenizer = _load_tokenizer(tokenizer_file, document_token, vocab_size) if tokenizer_file else None
+    tokenizer = _load_tokenizer(tokenizer_file, document_token, vocab_size, any_padding) if tokenizer_file else None
     if tokenizer:
         vocab_size = tokenizer.n_tokens  # to what size a model pads it changes no token
     elif document_token:
@@ -116,11 +119,11 @@ def _say_who_prepares(folder: Path, holder: str) -> None:
     print(f"waiting for another process, which prepares {folder}: {holder}", file=sys.stderr, flush=True)
 
 
-def _load_tokenizer(path: str | Path, document_token: str, vocab_size: int) -> Tokenizer:
+def _load_tokenizer(path: str | Path, document_token: str, vocab_size: int, any_padding: bool) -> Tokenizer:
     tokenizer = load_tokenizer(path, document_token)
     n_tokens = tokenizer.n_tokens
     padded = [-(-n_tokens // multiple) * multiple for multiple in _PADDED_TO]
-    if vocab_size not in (n_tokens, *padded):
+    if vocab_size < n_tokens or (vocab_size not in (n_tokens, *padded) and not any_padding):
         raise UserError(
             f"--vocab-size is {vocab_size}, but --tokenizer {path} has {n_tokens} tokens: pass --vocab-size {n_tokens}, "
             f"or pad it to a multiple of {_PADDED_TO[-1]}: {padded[-1]}"
