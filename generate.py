@@ -16,7 +16,7 @@ from training.config import TrainConfig, why_no_kernels
 from training.errors import UserError
 from training.log.console import printable
 from training.log.transcript import GrowingText, Transcript
-from training.machine import out_of_memory_is_told
+from training.machine import out_of_memory_is_told, require_compiler
 from training.stopping import exit_statuses
 
 
@@ -119,19 +119,22 @@ def load(config: GenerateConfig):
     """The model that `config.checkpoint` names, on its device, and its tokenizer. UserError where it can't be had."""
     import kernels
     from model import Llama
+    from model.generation import lay_out_for_decoding
     from training.device import resolve_device, resolve_dtype
 
     weights = pretrained.find(config.checkpoint, config.which)
-    spec = "none" if config.kernels == "auto" else config.kernels
     # What a run was trained with does not bind who reads it.
-    run = TrainConfig(**vars(weights.config), device=config.device, dtype=config.dtype, kernels=spec)
+    run = TrainConfig(**vars(weights.config), device=config.device, dtype=config.dtype, compile=config.compile)
+    run.kernels = "none" if config.kernels == "auto" else config.kernels
     run.check()
     device = resolve_device(run)
     if config.kernels == "auto" and device.type == "cuda" and not why_no_kernels(run, has_gpu=True):
-        spec = "all" if grammar.attention_serves(run.head_dim) else "all,-attention"
+        run.kernels = "all" if grammar.attention_serves(run.head_dim) else "all,-attention"
+    require_compiler(run, device)
     with device:
-        model = Llama(run.shape(), kernels.select(spec, run.n_layers), resolve_dtype(run, device))
+        model = Llama(run.shape(), kernels.select(run.kernels, run.n_layers), resolve_dtype(run, device))
     weights.load_into(model)
+    lay_out_for_decoding(model)
     return model.eval(), weights.tokenizer(config.tokenizer)
 
 

@@ -25,108 +25,119 @@ class KVCache:
     Attributes:
         keys, values: by layer, (B, capacity, Hkv, D) in the model's compute dtype; the tokens of a head lie side by side.
         n_keys: (B,) int32, how many tokens of each sequence there are. What lies behind them is finite.
+        slots: (B,) int64, where the last token of each sequence was put.
+        sequences: (B,) int64, the numbers 0 .. B - 1, which with `slots` index keys and values.
     """
 
     def __init__(self, model: Llama, batch: int, capacity: int):
         config, device = model.config, model.cos.device
-        shape = (batch, config.n_kv_heads, capacity, config.head_dim)
-        of_layers = [torch.zeros(2, *shape, dtype=model.compute_dtype, device=device) for _ in range(config.n_layers)]
-        self.keys = [of_layer[0].transpose(1, 2) for of_layer in of_layers]
-        self.values = [of_layer[1].transpose(1, 2) for of_layer in of_layers]
+        shape = (2, batch, config.n_kv_heads, capacity, config.head_dim)
+        layers = [torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in range(config.n_layers)]
+        self.keys, self.values = ([layer[part].transpose(1, 2) for layer in layers] for part in (0, 1))
         self.n_keys = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.slots = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.sequences = torch.arange(batch, device=device)
 
     @property
     def capacity(self) -> int:
         """Tokens that a sequence can have."""
         return self.keys[0].shape[1]
 
+    def keeping(self, ops: Sequence[Ops], attention: Callable) -> list[Ops]:
+        """`ops` of the layers and of what is outside them, in whose layers `attention` stands in place of `rope_attention`."""
+        layers = range(len(self.keys))
+        return [replace(ops[i], rope_attention=attention(ops[i], self, i)) for i in layers] + [ops[-1]]
 
-@dataclass(frozen=True)
-class _OfPrompts:
-    """`rope_attention` of whole prompts, which puts their keys and values into an empty cache."""
+
+@dataclass(eq=False)  # told apart by what they are: torch 2.11 asks for the hash of what it has yet to fill
+class OfPrompts:
+    """`rope_attention` of whole prompts, (B, T, ...), which puts their keys and values into the cache, empty before."""
 
     ops: Ops
-    keys: Tensor
-    values: Tensor
-    padding: Tensor  # (B, T, 1, 1) bool
+    cache: KVCache
+    layer: int
 
     def __call__(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, first_key: Tensor | None = None
     ) -> Tensor:
         q, k, v = self.ops.rope(qkv, cos, sin, n_heads, n_kv_heads)
+        n = k.shape[1]
+        padding = torch.arange(n, device=k.device) >= self.cache.n_keys[:, None]
         # In float16 a token of the padding may be infinite, and a weight of zero times that is no number.
-        k, v = k.masked_fill(self.padding, 0), v.masked_fill(self.padding, 0)
-        self.keys[:, : k.shape[1]], self.values[:, : k.shape[1]] = k, v
+        k, v = (x.masked_fill(padding[:, :, None, None], 0) for x in (k, v))
+        self.cache.keys[self.layer][:, :n], self.cache.values[self.layer][:, :n] = k, v
         return self.ops.attention(q, k, v)
 
 
-@dataclass(frozen=True)
-class _OfOneToken:
-    """`rope_attention` of one token of each sequence, whose keys and values are put behind those in the cache.
+@dataclass(eq=False)
+class OfOneToken:
+    """`rope_attention` of one token of each sequence, whose keys and values are put into the cache's `slots`.
 
     The sequences stand where time does elsewhere, in a batch of one: so each has its row of the tables.
     """
 
     ops: Ops
-    keys: Tensor
-    values: Tensor
-    sequences: Tensor  # 0 .. B - 1
-    slots: Tensor  # (B,) int64, where the tokens go
-    n_keys: Tensor  # (B,) int32, with them
+    cache: KVCache
+    layer: int
 
     def __call__(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, first_key: Tensor | None = None
     ) -> Tensor:
         q, k, v = self.ops.rope(qkv, cos, sin, n_heads, n_kv_heads)
-        self.keys[self.sequences, self.slots] = k[0]
-        self.values[self.sequences, self.slots] = v[0]
-        return self.ops.decode_attention(q[0], self.keys, self.values, self.n_keys)[None]
+        cache, keys, values = self.cache, self.cache.keys[self.layer], self.cache.values[self.layer]
+        keys[cache.sequences, cache.slots] = k[0]
+        values[cache.sequences, cache.slots] = v[0]
+        return self.ops.decode_attention(q[0], keys, values, cache.n_keys)[None]
 
 
 def prefill(model: Llama, tokens: Tensor, lengths: Tensor, cache: KVCache, ops: Sequence[Ops]) -> Tensor:
     """Logits (B, V) float32 of the tokens that follow the prompts, whose keys and values fill the cache, empty before.
 
     tokens: (B, T) int64, T at most the cache's capacity. lengths: (B,) int64, tokens of each; those behind are padding.
-    ops: `n_layers + 1` of them, as a model has.
+    ops: `cache.keeping(ops, OfPrompts)`.
     """
     n = tokens.shape[1]
-    padding = (torch.arange(n, device=tokens.device) >= lengths[:, None])[:, :, None, None]
-    attend = [_OfPrompts(*parts, padding) for parts in zip(ops, cache.keys, cache.values, strict=False)]
-    hidden = _hidden(model, tokens, model.cos[:n], model.sin[:n], ops, attend)
     cache.n_keys.copy_(lengths)
-    return _logits(model, hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+    hidden = _hidden(model, tokens, model.cos[:n], model.sin[:n], ops)
+    return _logits(model, hidden[cache.sequences, lengths - 1])
 
 
 def decode(model: Llama, tokens: Tensor, cache: KVCache, ops: Sequence[Ops]) -> Tensor:
     """Logits (B, V) float32 of the tokens that follow `tokens` (B,) int64, one of each sequence, which are put into the cache.
 
     In a cache that is full a sequence's last token is put over the one before: its text has ended.
+    ops: `cache.keeping(ops, OfOneToken)`.
     """
-    slots = cache.n_keys.long().clamp(max=cache.capacity - 1)
-    cache.n_keys.copy_(slots + 1)
-    sequences = torch.arange(len(tokens), device=tokens.device)
-    attend = [
-        _OfOneToken(*parts, sequences, slots, cache.n_keys)
-        for parts in zip(ops, cache.keys, cache.values, strict=False)
-    ]
-    return _logits(model, _hidden(model, tokens[None], model.cos[slots], model.sin[slots], ops, attend)[0])
+    cache.slots.copy_(cache.n_keys.clamp(max=cache.capacity - 1))
+    cache.n_keys.copy_(cache.slots + 1)
+    return _logits(model, _hidden(model, tokens[None], model.cos[cache.slots], model.sin[cache.slots], ops)[0])
 
 
-def _hidden(
-    model: Llama, tokens: Tensor, cos: Tensor, sin: Tensor, ops: Sequence[Ops], attend: Sequence[Callable]
-) -> Tensor:
-    """As `Llama.hidden`, with these tables and, layer by layer, this in place of `rope_attention`."""
+def _hidden(model: Llama, tokens: Tensor, cos: Tensor, sin: Tensor, ops: Sequence[Ops]) -> Tensor:
+    """As `Llama.hidden`, with these tables and ops."""
     embedding = model.embedding
     residual = ops[-1].embedding(tokens, embedding.weight, model.compute_dtype, embedding.compute_weight)
     branch = None
-    for layer, its_ops, its_attention in zip(model.layers, ops, attend, strict=False):
-        branch, residual = layer(replace(its_ops, rope_attention=its_attention), branch, residual, cos, sin)
+    for layer, its_ops in zip(model.layers, ops, strict=False):
+        branch, residual = layer(its_ops, branch, residual, cos, sin)
     y, _ = ops[-1].add_rms_norm(branch, residual, model.final_norm, model.config.norm_eps)
     return y
 
 
 def _logits(model: Llama, hidden: Tensor) -> Tensor:
     return linear(hidden, model.output.weight, model.output.compute_weight).float()
+
+
+def lay_out_for_decoding(model: Llama) -> None:
+    """Lay out the float32 matrices on a CPU as its products of a few rows read them fastest: for good, in their own memory.
+
+    Of one row by 288 x 1536, 288 x 4096 and the like, MKL's product takes half as long where the longer dim is the dense one (8
+    rows: three quarters; on an EPYC, one thread). For a process that trains no more: an optimizer has its own view of parameters.
+    """
+    for weight in model.weights().values():
+        matrix = weight.weight
+        if matrix.device.type == "cpu" and weight.compute_weight is None and matrix.shape[0] > matrix.shape[1]:
+            matrix.data = matrix.data.t().contiguous().t()
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
@@ -154,8 +165,9 @@ class Decoder:
         """capacity: tokens that a sequence may come to have; ops: as those of a model, the torch twins if not given."""
         device = model.cos.device
         self._model, self._sampling = model, sampling
-        self._ops = tuple(ops or [TORCH] * (model.config.n_layers + 1))
         self._cache = KVCache(model, len(prompts), capacity)
+        ops = ops or [TORCH] * (model.config.n_layers + 1)
+        self._of_prompts, self._of_one_token = (self._cache.keeping(ops, kind) for kind in (OfPrompts, OfOneToken))
         lengths = [len(prompt) for prompt in prompts]
         padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
         self._prompts, self._lengths = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
@@ -169,11 +181,11 @@ class Decoder:
 
     def start(self) -> None:
         """Read the prompts and draw the first token after each."""
-        self._draw(prefill(self._model, self._prompts, self._lengths, self._cache, self._ops))
+        self._draw(prefill(self._model, self._prompts, self._lengths, self._cache, self._of_prompts))
 
     def step(self) -> None:
         """Put the last tokens into the cache and draw the next ones."""
-        self._draw(decode(self._model, self.tokens, self._cache, self._ops))
+        self._draw(decode(self._model, self.tokens, self._cache, self._of_one_token))
 
     def _draw(self, logits: Tensor) -> None:
         self.tokens.copy_(draw(logits, self.uniform, self._sampling, self._seen))

@@ -7,7 +7,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels.launch import HAVE_TRITON, INTERPRETED
 from model import Llama, LlamaConfig
-from model.generation import Decoder, KVCache, decode, generate, prefill, uniform_numbers
+from model.generation import (
+    Decoder,
+    KVCache,
+    OfOneToken,
+    OfPrompts,
+    decode,
+    generate,
+    lay_out_for_decoding,
+    prefill,
+    uniform_numbers,
+)
 from model.sampling import Sampling
 
 TINY = LlamaConfig(vocab_size=300, max_seq_len=24, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, dropout=0.3)
@@ -44,9 +54,10 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(model):
     wanted = model(tokens)
     cache = KVCache(model, 2, 24)
     lengths = torch.tensor([5, 3])
-    logits = [prefill(model, tokens[:, :5], lengths, cache, model.ops)]
+    logits = [prefill(model, tokens[:, :5], lengths, cache, cache.keeping(model.ops, OfPrompts))]
+    ops = cache.keeping(model.ops, OfOneToken)
     for i in range(19):
-        logits.append(decode(model, tokens[torch.arange(2), lengths + i], cache, model.ops))
+        logits.append(decode(model, tokens[torch.arange(2), lengths + i], cache, ops))
     for b, n in enumerate(lengths):
         torch.testing.assert_close(torch.stack(logits, 1)[b], wanted[b, n - 1 : n + 19], atol=1e-4, rtol=1e-4)
 
@@ -74,6 +85,16 @@ def test_what_padding_makes_of_itself_reaches_no_text(model):
     with torch.no_grad():
         model.embedding.weight[0] = torch.inf  # the token that pads
     assert generate(model, [[1, 2, 3, 4, 5], [1, 7]], 8, GREEDY)[1] == generate(model, [[1, 7]], 8, GREEDY)[0]
+
+
+def test_matrices_laid_out_for_decoding_hold_what_they_held_and_give_the_same_tokens(model):
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    tokens = generate(model, PROMPTS, 10, GREEDY)
+    lay_out_for_decoding(model)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert model.layers[0].w_gate_up.weight.stride(0) == 1
+    assert model.layers[0].w_down.weight.stride(1) == 1
+    assert generate(model, PROMPTS, 10, GREEDY) == tokens
 
 
 # ------------------------------------------------------------------------------------------------- batches and draws
@@ -192,7 +213,7 @@ class _Watched(TorchDispatchMode):
 
 def tensors_of(decoder):
     cache = decoder._cache
-    return [decoder.tokens, decoder.uniform, decoder._seen, cache.n_keys, *cache.keys, *cache.values]
+    return [decoder.tokens, decoder.uniform, decoder._seen, cache.n_keys, cache.slots, *cache.keys, *cache.values]
 
 
 @torch.no_grad()
