@@ -59,7 +59,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     from training.log.model_card import write_model_card
     from training.log.plot import draw_loss_curve
     from training.progress import Progress, UnderWay
-    from training.step.readback import lag
+    from training.step.explain import Skips
     from training.step.schedule import learning_rate
     from training.step.trainer import Trainer
 
@@ -130,6 +130,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     # ---- the loop; a GPU's figures are read one step late, so that it never waits for a line to be printed
     saves = Saves(config, trainer, dataset, progress, world, metrics, stop)
     under_way = UnderWay(config, progress, metrics, world, device, dtype)
+    skips = Skips(config, trainer, load, progress, world, metrics)
     steps = prefetch(load, progress.step, config.max_iters, device=device)
     unreadable = None
     with (
@@ -158,7 +159,8 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
                 under_way.add(progress.step, lr, trainer.step(micro_batches, valid, lr))
                 progress.step += 1
                 stop.begun = True
-                under_way.finish(left=lag(device))
+                under_way.keep_up()
+                skips.explain(under_way)
                 if profiler:
                     profiler.step()
         except Stopped:

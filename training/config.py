@@ -43,7 +43,7 @@ RUNS: dict[str, dict] = {
 AT_LEAST = {
     1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints "
     "max_skipped_steps process_timeout",
-    0: "warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
+    0: "explain_skips warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
 }
 
 
@@ -154,6 +154,8 @@ class TrainConfig(LlamaConfig):
     deterministic: bool = True
     """Same inputs, same bits; --no-deterministic lifts it."""
 
+    explain_skips: int = 1
+    """Skipped steps to explain: which op of which layer first gave what is not finite, and whether its kernel is to blame."""
     process_timeout: int = 600
     """With many processes: seconds to wait for one that does not answer before the run ends. Preparing text has no limit."""
 

@@ -174,7 +174,10 @@ def joined(config: TrainConfig) -> Iterator[World]:
     if launch.size == 1:
         yield World()
         return
-    world = _join(launch, config)
+    try:
+        world = _join(launch, config)
+    except UserError as error:  # of this process alone, for all it knows
+        fail(error)
     try:
         _check(config, world)
         yield world
@@ -188,6 +191,9 @@ def joined(config: TrainConfig) -> Iterator[World]:
 def _join(launch: Launch, config: TrainConfig) -> World:
     """Meet the other processes. Until then nothing is lost where a signal ends this one at once."""
     with killed_by_signals():
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # of a process that is gone torch warns by a page of addresses
         import torch
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous

@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from training.device import name_of
 from training.distributed import World
 from training.log.metrics import Metrics, StepRecord
-from training.step.readback import Readback
+from training.step.readback import Readback, lag
 from training.step.trainer import StepResult
 
 
@@ -43,6 +43,7 @@ class UnderWay:
     metrics: where steps are reported; None in all processes but the main one.
 
     Attributes:
+        lag: steps that may be under way when the next one is launched.
         broke_down: why the run has to end, once `max_skipped_steps` steps in a row were not finite; empty until then.
     """
 
@@ -55,6 +56,7 @@ class UnderWay:
         device: torch.device,
         dtype: torch.dtype,
     ):
+        self.lag = lag(device)
         self.broke_down = ""
         self._config, self._progress, self._metrics = config, progress, metrics
         self._world, self._device, self._device_name = world, device, name_of(device)
@@ -71,6 +73,10 @@ class UnderWay:
     def add(self, step: int, lr: float, result: StepResult) -> None:
         """Take in a step that was launched."""
         self._steps.append((step, lr, Readback(result)))
+
+    def keep_up(self) -> None:
+        """Wait for the steps under way but the newest, as many as `lag` says."""
+        self.finish(left=self.lag)
 
     def finish(self, left: int = 0) -> None:
         """Wait for the steps under way, oldest first, until so many are left."""

@@ -108,12 +108,16 @@ def start(program: str, words: list[str], code: str = "", **environment: str) ->
     )
 
 
-def start_many(words: list[str], size: int = 2, code: str = "", **environment: str) -> list[subprocess.Popen]:
-    """train.py in so many processes that find each other, as a launcher starts them; code as in `start`."""
+def free_port() -> int:
+    """A port of this machine where nobody listens."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | environment
+        return probe.getsockname()[1]
+
+
+def start_many(words: list[str], size: int = 2, code: str = "", **environment: str) -> list[subprocess.Popen]:
+    """train.py in so many processes that find each other, as a launcher starts them; code as in `start`."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())} | environment
     return [start("train.py", words, code, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(size)]
 
 

@@ -5,7 +5,7 @@ copies, scale and result. So the step can be captured as a CUDA graph (capture.p
 Triton kernels; plain PyTorch stays what its users run, and with many processes or on a CPU the same function runs as it is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -88,17 +88,38 @@ class Trainer:
                 if x is not None:
                     y.copy_(x, non_blocking=True)
 
-    def _step(self) -> None:
-        """The step, from tensors that stay in their places to such tensors."""
+    def replay(self, micro_batches: Iterable[MicroBatch], valid_tokens: int) -> Tensor:
+        """The passes of a step again as they are written, neither compiled nor captured: to be watched op by op.
+
+        Writes this process's part of the gradients, and changes nothing else. Returns its part of the loss, 0-d.
+        """
+        self._receive(list(micro_batches))
+        self._valid_tokens.fill_(max(1, valid_tokens))
+        if self._stream is None:
+            return self._differentiate(self._loss_sum) / self._valid_tokens
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            loss = self._differentiate(self._loss_sum) / self._valid_tokens
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return loss
+
+    def _differentiate(self, loss_sum: Callable[..., Tensor]) -> Tensor:
+        """Fill the gradients with those of the micro-batches, times the loss scale. Returns the sum of their losses."""
         self.flat.clear_gradients()
         loss = torch.zeros((), device=self.device)
-        loss_scale = self.loss_scale.scale
-        factor = loss_scale / self._valid_tokens
+        factor = self.loss_scale.scale / self._valid_tokens
         for micro_batch in self._micro_batches:
-            loss_sum = self.loss_sum(*micro_batch, factor)
-            loss_sum.backward(factor)
-            loss += loss_sum.detach()
-        gradients = self.flat.finish_gradients()
+            of_micro_batch = loss_sum(*micro_batch, factor)
+            of_micro_batch.backward(factor)
+            loss += of_micro_batch.detach()
+        self.flat.finish_gradients()
+        return loss
+
+    def _step(self) -> None:
+        """The step, from tensors that stay in their places to such tensors."""
+        loss_scale = self.loss_scale.scale
+        loss = self._differentiate(self.loss_sum)
+        gradients = self.flat.gradients
         self.world.sum(loss)
         self.world.sum(gradients)
         loss /= self._valid_tokens
