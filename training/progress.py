@@ -17,7 +17,8 @@ from training.config import TrainConfig
 from training.device import name_of
 from training.distributed import World
 from training.log.metrics import Metrics, StepRecord
-from training.step.readback import Readback, lag
+from training.step import readback
+from training.step.readback import Readback
 from training.step.trainer import StepResult
 
 
@@ -56,7 +57,7 @@ class UnderWay:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.lag = lag(device)
+        self.lag = readback.lag(device)
         self.broke_down = ""
         self._config, self._progress, self._metrics = config, progress, metrics
         self._world, self._device, self._device_name = world, device, name_of(device)
@@ -81,8 +82,8 @@ class UnderWay:
     def finish(self, left: int = 0) -> None:
         """Wait for the steps under way, oldest first, until so many are left."""
         while len(self._steps) > left:
-            step, lr, readback = self._steps.popleft()
-            loss, grad_norm, skipped = readback.wait()
+            step, lr, figures = self._steps.popleft()
+            loss, grad_norm, skipped = figures.wait()
             seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
             if self._metrics:
                 self._metrics.step(self._record(step, lr, loss, grad_norm, skipped, seconds))
