@@ -44,6 +44,11 @@ def read(folder: Path = RESULTS) -> list[Result]:
     return read_files(folder.glob("*/*.json"))
 
 
+def read_one(path: str | Path) -> Result:
+    """The result in a file. UserError, naming it, where it is not there or no command of the bench wrote it."""
+    return read_files([Path(path)])[0]
+
+
 def read_files(paths: Iterable[Path]) -> list[Result]:
     """The results in these files by their dates; errors as those of `read`."""
     results = []

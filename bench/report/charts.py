@@ -57,6 +57,9 @@ def _charts(results: list[Result]) -> dict[str, Callable]:
         if any(row["excess"] is not None for row in result.data["ops"]):
             name = _name("parity", result.gpu or CPU, result.data["preset"], result.data["dtype"])
             charts[name] = lambda axes, r=result: _heat_map(axes, r)
+    for result in standings.newest("waterfall", "preset", "of_gpu", "variant"):
+        name = _name("waterfall", result.data["of_gpu"], result.data["preset"], result.data["variant"])
+        charts[name] = lambda axes, r=result: _waterfall(axes, r)
     for result in standings.newest("roofline", "preset"):
         for of in result.data["gpus"]:
             charts[_name("floor", of["gpu"], result.data["preset"])] = lambda axes, r=result, o=of: _floor(axes, r, o)
@@ -158,3 +161,18 @@ def _floor(axes, result: Result, of: dict) -> None:
     axes.set_xlabel("ms a step")
     axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes.set_title(f"the floor of a step of {result.data['preset']} on {of['gpu']}, and what was measured")
+
+
+def _waterfall(axes, result: Result) -> None:
+    """The floor, and each cause from where the one before it ended, up to the step."""
+    data = result.data
+    bars = [("the floor", 0.0, data["floor_ms"]), *((r["cause"], r["from_ms"], r["above_ms"]) for r in data["rows"])]
+    bars.append(("the step", 0.0, data["ms"]))
+    names, starts, widths = zip(*bars, strict=True)
+    colors = [BLUE, *[ORANGE] * len(data["rows"]), BLUE]
+    drawn = axes.barh(names, widths, left=starts, color=colors)
+    axes.bar_label(drawn, [f"{width:+.2f}" for width in widths[:-1]] + [f"{data['ms']:.2f}"], padding=4, fontsize=8)
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.set_title(f"a step of {data['preset']} on {data['of_gpu']}: {data['source']}", fontsize=10)

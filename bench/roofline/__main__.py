@@ -72,7 +72,7 @@ def measure(options: Roofline, console: Console) -> dict:
     command.check_writable(options.json)
     if not options.gpu:
         raise UserError(f"--gpu names none; allowed: {', '.join(gpu.name for gpu in GPUS)}")
-    gpus = [_gpu(name) for name in options.gpu]
+    gpus = [named_gpu(name) for name in options.gpu]
     if len(gpus) > 1 and (options.copy_tb_s or options.matmul_tflops):
         raise UserError("--copy-tb-s and --matmul-tflops are those of one GPU; --gpu names several")
     config = defaults(options.preset, "cpu")
@@ -110,7 +110,8 @@ def measure(options: Roofline, console: Console) -> dict:
     return result
 
 
-def _gpu(name: str) -> Gpu:
+def named_gpu(name: str) -> Gpu:
+    """The row of training/hardware.py. UserError, with the nearest name and all of them, for another."""
     known = {gpu.name: gpu for gpu in GPUS}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -139,6 +140,9 @@ def find_ceilings(gpu: Gpu, results: list[Result], copy_tb_s: float = 0.0, matmu
     rows = [OpRow.read(row) for result in here if result.bench == "ops" for row in result.data["rows"]]
     copies = [row.timings["copy"].gb_per_s / 1000 for row in rows if row.bytes >= LARGE]
     matmuls = [result.data["ceilings"]["matmul_tflops"] for result in here if "ceilings" in result.data]
+    products = [row for result in here if result.bench == "products" for row in result.data["rows"]]
+    copies += [row["gb_s"] / 1000 for row in products if row["product"].startswith("copy")]
+    matmuls += [row["tflops"] for row in products if row["product"].startswith("matmul")]
     copy, copy_source = _first(copy_tb_s, max(copies, default=0.0), gpu.bandwidth / 1000)
     matmul, matmul_source = _first(matmul_tflops, max(matmuls, default=0.0), gpu.bf16 or gpu.fp16)
     return Ceilings(gpu, copy * 1e12, copy_source, matmul * 1e12, matmul_source)
