@@ -125,13 +125,14 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
         for note in filter(None, notes):
             metrics.note(note)
         if config.profile:
-            profiler = profiling.trace(Path(config.out_dir) / "profile.json")
+            profiler = profiling.trace(Path(config.out_dir) / "profile.json", metrics.note)
 
     # ---- the loop; a GPU's figures are read one step late, so that it never waits for a line to be printed
     saves = Saves(config, trainer, dataset, progress, world, metrics, stop)
     under_way = UnderWay(config, progress, metrics, world, device, dtype)
     skips = Skips(config, trainer, load, progress, world, metrics)
     steps = prefetch(load, progress.step, config.max_iters, device=device)
+    steps = profiling.watched(steps) if profiler else steps
     unreadable = None
     with (
         contextlib.closing(metrics) if metrics else contextlib.nullcontext(),

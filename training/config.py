@@ -169,7 +169,7 @@ class TrainConfig(LlamaConfig):
     wandb_run_name: str = ""
     """Weights & Biases run name; empty: theirs."""
     profile: bool = False
-    """Write a torch profiler trace of steps 3 to 5 to out_dir/profile.json."""
+    """Write a torch profiler trace of steps 3 to 5 to out_dir/profile.json, and print what took longest."""
 
     @property
     def weights(self) -> str:

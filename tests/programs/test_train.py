@@ -175,8 +175,16 @@ def test_figures_that_arrive_a_step_late_are_those_of_their_step(run, tmp_path, 
     assert len(printed_late) == len(printed) + breaks_down
 
 
-def test_a_trace_of_steps_3_to_5_is_written(run, tmp_path):
-    assert run(max_iters=7, profile=True).status == 0
+def test_a_trace_of_steps_3_to_5_is_written_and_what_took_longest_is_said(run, tmp_path):
+    result = run(max_iters=7, profile=True)
+    assert result.status == 0
+    _, _, lines = result.out.partition("profile: ")
+    head, *longest = lines.splitlines()[:11]
+    assert re.fullmatch(r"\d+\.\d ms a step, of which", head)
+    shares = [float(re.match(r" +(\d+\.\d)% +\d+\.\d\d ms in +\d+: \S", line)[1]) for line in longest]
+    assert shares[:-1] == sorted(shares[:-1], reverse=True)
+    assert 20 < sum(shares) <= 101
+    assert longest[-1].endswith(": waiting for data")
     trace = json.loads((tmp_path / "out" / "profile.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert {name for name in names if name.startswith("ProfilerStep#")} == {f"ProfilerStep#{i}" for i in (3, 4, 5)}
