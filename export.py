@@ -73,7 +73,10 @@ def write_huggingface(config: ExportConfig, weights: Pretrained) -> str:
     from model.loading import check
 
     shape, tensors, tokenizer = weights.config, weights.tensors(), weights.tokenizer(config.tokenizer)
-    end_id = bos_id = tokenizer.bos_id  # it opens each document, and so ends the one before
+    bos_id = tokenizer.bos_id
+    end_ids = weights.end_ids()
+    if bos_id not in end_ids:
+        end_ids.append(bos_id)  # it opens each document, and so ends the one before
     with _named(weights.path):
         check(tensors, huggingface.shapes(shape))
     with _named(config.tokenizer or weights.tokenizer_file()):
@@ -84,11 +87,11 @@ def write_huggingface(config: ExportConfig, weights: Pretrained) -> str:
     longest = config.max_position_embeddings or shape.max_seq_len
     contents = {
         "config.json": configs.config_json(
-            shape, dtype=config.dtype, bos_id=bos_id, end_id=end_id, max_position_embeddings=longest
+            shape, dtype=config.dtype, bos_id=bos_id, end_ids=end_ids, max_position_embeddings=longest
         ),
-        "generation_config.json": configs.generation_config_json(bos_id=bos_id, end_id=end_id),
+        "generation_config.json": configs.generation_config_json(bos_id=bos_id, end_ids=end_ids),
         "tokenizer.json": tokenizer_json,
-        "tokenizer_config.json": tokenizers.tokenizer_config(tokenizer_json, bos_id, longest),
+        "tokenizer_config.json": tokenizers.tokenizer_config(tokenizer_json, bos_id, end_ids[0], longest),
     }
     with _draft(Path(config.out)) as draft:
         draft.mkdir(parents=True)
@@ -120,9 +123,8 @@ def write_llama2c(config: ExportConfig, weights: Pretrained) -> str:
     if beside.exists() and beside.read_bytes() != tokenizer_bin:
         raise UserError(f"{beside} is there already and of another tokenizer; write {out.name} into another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _draft(beside) as draft:
-        draft.write_bytes(tokenizer_bin)
-    with _draft(out) as draft:
+    with _draft(beside) as draft_beside, _draft(out) as draft:
+        draft_beside.write_bytes(tokenizer_bin)
         llama2c.save(draft, shape, tensors, config.version)
     return f"{out}: {weights.path} for run.c, version {config.version}, with {beside}"
 

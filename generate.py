@@ -146,6 +146,7 @@ class Writer:
 
         self._config = config
         self._model, self._tokenizer = load(config)
+        self._end_ids = pretrained.find(config.checkpoint, config.which).end_ids()
         self._sampling = Sampling(
             temperature=config.temperature,
             top_k=config.top_k,
@@ -199,7 +200,7 @@ class Writer:
 
         def on_token(i: int, token: int) -> bool:
             transcript.write(first + i, texts[i].write(token))
-            return texts[i].ended
+            return texts[i].ended or token in self._end_ids
 
         def on_end(i: int) -> None:
             transcript.write(first + i, texts[i].close())

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 """The tokenizer beside weights: the first of these that is there."""
 DEFAULT_LONGEST = 4096
-"""Tokens in a training sequence where a run begins with weights of longer ones and --max-seq-len is not given."""
+"""Tokens in a training sequence where a run begins with a Hugging Face model of longer ones and --max-seq-len is not given."""
 KINDS = "a run's folder, a checkpoint in it, a Hugging Face folder of a Llama (config.json) or a llama2.c file"
 
 
@@ -69,12 +69,24 @@ class Pretrained:
             )
         return load_tokenizer(found, self.document_token)
 
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text as a Hugging Face folder states them, of which BOS may be none; empty for other kinds."""
+        stated = []
+        for name in ("generation_config.json", "config.json") if self.kind == "huggingface" else ():
+            file = self.path / name
+            stated = stated or (_json_object(file).get("eos_token_id") if file.is_file() else None) or []
+        stated = stated if isinstance(stated, list) else [stated]
+        if not all(type(token) is int for token in stated):
+            raise UserError(f"{self.path}: eos_token_id is {stated}, wanted an integer or several")
+        return stated
+
     def options(self) -> dict:
         """What they make of a run's options: their shape, sequences as long as theirs, to a limit, their tokenizer."""
+        longest = self.shape["max_seq_len"]
         return {
             **self.assumed,
             **self.shape,
-            "max_seq_len": min(self.shape["max_seq_len"], DEFAULT_LONGEST),
+            "max_seq_len": min(longest, DEFAULT_LONGEST) if self.kind == "huggingface" else longest,
             "tokenizer": str(self.tokenizer_file() or ""),
             "document_token": self.document_token,
         }
@@ -104,8 +116,10 @@ class Pretrained:
             if self.kind == "checkpoint":
                 checkpoint.load(self.path)  # which verifies every file
             return FolderTensors(self.path)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.path}: {error}") from None
+        except ValueError as error:  # which names the file
+            raise UserError(str(error)) from None
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path} cannot be read: {error.strerror or error}") from None
 
     def load_into(self, model: Llama) -> None:
         """Copy the weights into a model, tensor by tensor. UserError for tensors that do not fit, all of them named."""
@@ -169,16 +183,23 @@ def find(path: str | Path, which: str = "last") -> Pretrained:
 
 def _shape_of_huggingface(folder: Path) -> dict:
     path = folder / "config.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} holds a {type(table).__name__}, wanted an object")
+    table = _json_object(path)
     try:
         return huggingface_config.shape_of(table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds a {type(table).__name__}, wanted an object")
+    return table
 
 
 def _options_of_checkpoint(folder: Path) -> dict:

@@ -18,9 +18,9 @@ _WANTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "qu
 
 
 def config_json(
-    config: LlamaConfig, *, dtype: str, bos_id: int, end_id: int, max_position_embeddings: int | None = None
+    config: LlamaConfig, *, dtype: str, bos_id: int, end_ids: list[int], max_position_embeddings: int | None = None
 ) -> dict:
-    """The content of config.json. dtype: of the weights beside it. end_id: the token that ends a document."""
+    """The content of config.json. dtype: of the weights beside it. end_ids: the tokens that end a text."""
     scaling = None
     if config.rope_scaling_factor != 1.0:
         scaling = {"rope_type": "llama3"} | {theirs: getattr(config, ours) for ours, theirs in _LLAMA3.items()}
@@ -46,16 +46,16 @@ def config_json(
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "bos_token_id": bos_id,
-        "eos_token_id": end_id,
+        "eos_token_id": _one_or_several(end_ids),
         "use_cache": True,
         "torch_dtype": dtype,
         "dtype": dtype,
     }
 
 
-def generation_config_json(*, bos_id: int, end_id: int) -> dict:
-    """The content of generation_config.json: text ends at the token that ends a document."""
-    return {"bos_token_id": bos_id, "eos_token_id": end_id, "pad_token_id": end_id}
+def generation_config_json(*, bos_id: int, end_ids: list[int]) -> dict:
+    """The content of generation_config.json. end_ids: the tokens that end a text, the first of which fills up shorter ones."""
+    return {"bos_token_id": bos_id, "eos_token_id": _one_or_several(end_ids), "pad_token_id": end_ids[0]}
 
 
 def shape_of(table: dict) -> dict:
@@ -132,6 +132,10 @@ def _tied(table: dict) -> bool:
     if not isinstance(tied, bool):
         raise ValueError(f"tie_word_embeddings is {tied!r}, wanted true or false")
     return tied
+
+
+def _one_or_several(ids: list[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else ids
 
 
 def _number(table: dict, key: str, kind: type, default=None):

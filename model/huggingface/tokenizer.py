@@ -75,17 +75,17 @@ def opened_by(content: bytes, bos_id: int) -> dict:
     return spec | {"truncation": None, "padding": None}
 
 
-def tokenizer_config(tokenizer: dict, bos_id: int, max_seq_len: int) -> dict:
+def tokenizer_config(tokenizer: dict, bos_id: int, end_id: int, max_seq_len: int) -> dict:
     """The content of tokenizer_config.json beside `tokenizer`, that of a tokenizer.json.
 
-    The end token is BOS, which here opens each document and so ends the one before.
+    end_id: the token that ends a text; where training was done here that is BOS, which opens the next one.
     """
     ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    bos = next(token for token, i in ids.items() if i == bos_id)
+    tokens = {i: token for token, i in ids.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": bos,
+        "bos_token": tokens[bos_id],
+        "eos_token": tokens.get(end_id, tokens[bos_id]),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_seq_len,

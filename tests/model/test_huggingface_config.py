@@ -12,13 +12,13 @@ SHAPE = {"vocab_size": 300, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads"
 
 
 def written(**options) -> dict:
-    return json.loads(json.dumps(config_json(LlamaConfig(**SHAPE | options), dtype="float32", bos_id=1, end_id=1)))
+    return json.loads(json.dumps(config_json(LlamaConfig(**SHAPE | options), dtype="float32", bos_id=1, end_ids=[1])))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_read_back(preset):
     config = LlamaConfig(**PRESETS[preset])
-    shape = shape_of(json.loads(json.dumps(config_json(config, dtype="bfloat16", bos_id=1, end_id=1))))
+    shape = shape_of(json.loads(json.dumps(config_json(config, dtype="bfloat16", bos_id=1, end_ids=[1]))))
     for name, value in shape.items():
         assert value == (config.hidden_dim if name == "ffn_dim" else getattr(config, name)), name
 
@@ -115,5 +115,6 @@ def test_what_is_no_such_llama_is_named(change, message):
 
 
 def test_text_ends_at_the_token_that_ends_documents():
-    assert generation_config_json(bos_id=5, end_id=7)["eos_token_id"] == 7
+    assert generation_config_json(bos_id=5, end_ids=[7])["eos_token_id"] == 7
+    assert generation_config_json(bos_id=5, end_ids=[7, 5])["eos_token_id"] == [7, 5]
     assert written()["eos_token_id"] == 1

@@ -74,7 +74,7 @@ def test_merges_are_in_the_order_of_the_scores(model):
 
 def test_the_configuration_names_the_token_that_ends_documents(model):
     content = tokenizer_json(model, 1)
-    config = tokenizer_config(content, 1, 64)
+    config = tokenizer_config(content, 1, 1, 64)
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == ("<s>", "<s>", "<unk>")
     assert config["model_max_length"] == 64
 

@@ -18,6 +18,7 @@ from model.huggingface.folder import FolderTensors
 from tests.model.test_llama2c import Reader, encode_as_run_c, read_tokenizer_bin
 from tests.support.run_testing import ROOT, TINY, Result, arguments, call, write_text
 from tests.support.weights_testing import LLAMA3, llama, write_folder
+from training.data.tokenizer import load_tokenizer
 from training.log.console import printable
 
 
@@ -94,6 +95,26 @@ def test_an_independent_reader_of_llama2c_writes_the_same_text(run, tmp_path):
     assert printable(raw.decode(errors="replace").removeprefix(" "), "utf-8") + "\n" == greedy(run)
 
 
+def test_the_tokens_that_end_a_text_of_a_folder_are_kept(run, tmp_path):
+    """As Llama's own end their documents with another token than BOS."""
+    source = write_folder(tmp_path / "source", llama())
+    text = greedy(source)
+    tokenizer = load_tokenizer(source / "tokenizer.model")
+    token = tokenizer.encode(text)[len(tokenizer.encode("the cat")) + 5]
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, token]}))
+    ended = greedy(source)
+    assert text.startswith(ended.removesuffix("\n"))
+    assert len(ended) < len(text)
+    exported(source, tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [299, token, 1]
+    assert greedy(tmp_path / "again") == ended
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    refused(
+        call(export, [str(source), str(tmp_path / "out")]), r"eos_token_id is \['x'\], wanted an integer or several"
+    )
+
+
 def test_options_of_the_folder(run, tmp_path):
     words = ["--dtype=bfloat16", "--max-file-bytes=5000", "--max-position-embeddings=1000", "--which=best"]
     exported(run, tmp_path / "hf", *words)
@@ -138,7 +159,7 @@ def test_a_failure_leaves_nothing_half_written(run, tmp_path, monkeypatch, words
     refused(
         call(export, [str(run), str(tmp_path / "x" / "out"), *words]), "out cannot be written: No space left on device"
     )
-    assert not [p for p in (tmp_path / "x").iterdir() if p.name != "tokenizer.bin"]
+    assert not list((tmp_path / "x").iterdir())
     monkeypatch.undo()
     exported(run, tmp_path / "x" / "out", *words)
 

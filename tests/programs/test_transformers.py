@@ -160,7 +160,7 @@ def byte_level() -> bytes:
 
 
 def test_a_tokenizer_json_is_exported_with_the_token_that_opens_documents(tmp_path):
-    source = write_folder(tmp_path / "source", llama(), tokenizer=False)
+    source = write_folder(tmp_path / "source", llama(), tokenizer=False, eos_token_id=0)
     (source / "tokenizer.json").write_bytes(byte_level())
     folder = exported(source, tmp_path / "hf")
     tokenizer, mine = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of("tokenizer.json", byte_level())

@@ -57,7 +57,7 @@ def write_folder(
     """A model as a Hugging Face folder. changes: keys of config.json with other values."""
     path.mkdir(parents=True, exist_ok=True)
     huggingface_folder.save(path, model.config, canonical(model), getattr(torch, dtype), max_file_bytes)
-    table = huggingface_config.config_json(model.config, dtype=dtype, bos_id=1, end_id=1)
+    table = huggingface_config.config_json(model.config, dtype=dtype, bos_id=1, end_ids=[1])
     (path / "config.json").write_text(json.dumps(table | changes))
     if tokenizer:
         (path / "tokenizer.model").write_bytes(tokenizer_model())
