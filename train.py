@@ -43,6 +43,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     from training.checkpoint import state
     from training.checkpoint.saves import Saves
     from training.data.batches import Batches, prefetch
+    from training.data.description import describe
     from training.data.prepare import prepare_for
     from training.device import (
         name_of,
@@ -103,7 +104,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     # ---- the records, kept by the main process. What can be refused has been by the time an earlier run's files are moved
     metrics = profiler = None
     if world.is_main:
-        notes = [f"weights from {config.weights}" if config.weights else resume_note, *remarks]
+        notes = [*describe(dataset), f"weights from {config.weights}" if config.weights else resume_note, *remarks]
         if running.fused and config.capture and world.size > 1:
             notes.append(f"--fused: with {world.size} processes a step is not captured as a CUDA graph")
         metrics = Metrics.of_run(config, progress.step)

@@ -43,7 +43,7 @@ RUNS: dict[str, dict] = {
 AT_LEAST = {
     1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints "
     "max_skipped_steps process_timeout",
-    0: "explain_skips warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
+    0: "explain_skips data_workers warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
 }
 
 
@@ -60,17 +60,25 @@ class TrainConfig(LlamaConfig):
     config: str = ""
     """TOML file of defaults, keys spelled as the options; the command line wins."""
     data: str = "stdlib"
-    """stdlib (Python's own source), tinystories (downloaded once), or a path: .txt, .jsonl, .parquet, a folder of texts."""
+    """stdlib (Python's own source), tinystories (downloaded once), or a path: text, .jsonl, .json, .parquet, or a folder of any."""
+    data_files: str = ""
+    """Files of a folder to read, as a pattern of their names or paths such as *.jsonl; empty: all."""
     data_dir: str = "data"
     """Folder for downloads, tokenizers and token shards."""
     tokenizer: str = ""
     """A sentencepiece .model, or a tokenizer.json (pip install triton-llama[huggingface]); empty: one is trained on the data."""
     document_token: str = ""
     """The token of --tokenizer that opens each document; empty: its beginning of sequence, else <|endoftext|>."""
-    split_text: Literal["blank-lines", "whole"] = "blank-lines"
-    """How a .txt file is cut into documents."""
+    split_text: str = "auto"
+    """auto, blank-lines, lines, whole, or any separator; auto: <|endoftext|> where text holds it, else a file's blank lines."""
     text_field: str = ""
-    """Field of a .jsonl or .parquet record that holds the text; empty: text, else story."""
+    """Field of a JSON or parquet record that holds the text; empty: text, else story."""
+    skip_bad_files: bool = False
+    """Leave out files and records that can't be read, and name them, instead of stopping."""
+    character_coverage: float = 0.0
+    """Share of characters that a trained tokenizer has tokens for; bytes spell the rest. 0: 0.9999, or what fits half of them."""
+    data_workers: int = 0
+    """Processes that encode text, each of up to 0.5 GiB; 0: one a CPU, up to 16, and at most half of the memory."""
     val_fraction: float = 0.05
     """Share of the documents held out for validation, where the data has no validation split of its own."""
     out_dir: str = "out"
@@ -224,6 +232,8 @@ class TrainConfig(LlamaConfig):
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be at least 0 and less than 1")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction is {self.val_fraction}; it must be between 0 and 1")
+        if not 0 <= self.character_coverage <= 1:
+            raise UserError(f"--character-coverage is {self.character_coverage}; it must be at least 0 and at most 1")
         if self.min_lr > self.learning_rate:
             raise UserError(f"--min-lr {self.min_lr} is greater than --learning-rate {self.learning_rate}")
         if self.decay_iters > self.max_iters:

@@ -57,6 +57,13 @@ def test_the_first_line_says_what_is_trained_where_and_on_how_much(finished, tex
     assert "64 a step" in first
 
 
+def test_the_next_lines_say_how_the_text_was_cut_and_how_it_begins(finished, text):
+    data, begins = finished[1].out.splitlines()[1:3]
+    assert data.startswith("data text.txt, cut at blank lines: ")
+    documents = text["data"].read_text().split("\n\n")
+    assert begins.removeprefix("the first document begins ")[1:-5] in "\n".join(documents)
+
+
 def test_the_metrics_hold_every_step_and_every_evaluation(finished):
     out_dir, _ = finished
     steps, evaluations = records(out_dir, "step"), records(out_dir, "eval")
@@ -326,11 +333,12 @@ def test_a_signal_while_the_data_is_prepared_leaves_no_trace(tmp_path, number, s
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_ctrl_c_while_processes_encode_leaves_no_trace(tmp_path):
+def test_ctrl_c_while_processes_encode_leaves_what_the_next_try_goes_on_from(tmp_path):
     write_text(tmp_path / "text.txt", documents=60_000)
     result = end_while_preparing(tmp_path, signal.SIGINT, data=tmp_path / "text.txt")
     assert result == Result(130, "", "")
-    assert not list((tmp_path / "data").iterdir())
+    (unfinished,) = (tmp_path / "data").iterdir()
+    assert {"tokenizer.model", "progress.json"} <= {path.name for path in unfinished.iterdir()}
 
 
 @pytest.mark.fault("the reader of stdout goes away (`| head`)", "the run goes on; its files have everything")

@@ -23,7 +23,7 @@ def open_tokens(tmp_path_factory):
 
     def open_tokens(ids):
         folder = tmp_path_factory.mktemp("shards")
-        tokenizer = SimpleNamespace(vocab_size=1000, bos_id=BOS, hash="00" * 32)
+        tokenizer = SimpleNamespace(n_tokens=1000, bos_id=BOS, hash="00" * 32)
         writer = shards.ShardWriter(folder, "train", tokenizer)
         writer.append(shards.Encoded(np.array(ids, "<u2"), max(1, list(ids).count(BOS)), len(ids)))
         return TokenShards("the train split of a test", [folder / name for name in writer.close()], tokenizer)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from training.data import corpus, digests, shards
+from training.data import build, digests, encode, shards
 from training.data import prepare as preparing
-from training.data.corpus import open_corpus
+from training.data.corpus import open_corpus, parts
 from training.data.prepare import prepare
 from training.data.shards import TokenShards
 from training.data.tokenizer import load_tokenizer, train_tokenizer
@@ -87,16 +87,16 @@ def test_a_tokenizer_is_trained_on_the_training_documents_alone(source, tmp_path
         seen.extend(documents)
         return train_tokenizer(seen, *rest)
 
-    monkeypatch.setattr(preparing, "train_tokenizer", train)
+    monkeypatch.setattr(build, "train_tokenizer", train)
     dataset = prepare(str(source), vocab_size=VOCAB, data_dir=tmp_path / "data", val_fraction=0.2)
     assert dataset.tokenizer.n_tokens == VOCAB
     assert seen == list(open_corpus(str(source), val_fraction=0.2).documents("train"))
 
 
 def test_neither_workers_nor_parts_nor_shards_change_the_stream(prepare_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PART_BYTES", 100)
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
     alone = prepare_here(workers=1)
-    monkeypatch.setattr(preparing, "_POOL_BYTES", 0)
+    monkeypatch.setattr(encode, "POOL_BYTES", 0)
     together = prepare_here(workers=2, data_dir=tmp_path / "b")
     (first,), (second,) = (tmp_path / "data").iterdir(), (tmp_path / "b").iterdir()
     assert contents(first) == contents(second)
@@ -109,7 +109,7 @@ def test_neither_workers_nor_parts_nor_shards_change_the_stream(prepare_here, tm
 
 
 def test_windows_are_read_from_anywhere_also_across_shards(prepare_here, monkeypatch):
-    monkeypatch.setattr(corpus, "PART_BYTES", 100)
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 50)
     train = prepare_here().train
     whole = np.array(stream(train))
@@ -136,7 +136,7 @@ def test_tokens_take_two_bytes_up_to_a_vocabulary_of_65536(tmp_path, vocab_size,
 
 def test_what_is_prepared_is_used_again(prepare_here, folder, tmp_path, monkeypatch):
     before = contents(folder)
-    monkeypatch.setattr(preparing, "_build", None)
+    monkeypatch.setattr(preparing, "build", None)
     dataset = prepare_here()
     assert contents(folder) == before
     assert dataset.train.n_documents + dataset.val.n_documents == len(STORIES)
@@ -168,7 +168,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(prepare_h
     assert folders(tmp_path) == []
     with monkeypatch.context() as patch:  # a kill: nothing is tidied up
         patch.setattr(shards.ShardWriter, "close", lambda self: 1 / 0)
-        patch.setattr(preparing.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(build.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(ZeroDivisionError):
             prepare_here()
     (left_over,) = folders(tmp_path)
@@ -179,9 +179,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(prepare_h
 
 def test_all_files_are_on_the_disk_before_the_folder_gets_its_name(prepare_here, tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(
-        preparing, "_fsync", lambda path: synced.append((path.name, len(folders(tmp_path)), path.is_dir()))
-    )
+    monkeypatch.setattr(build, "_fsync", lambda path: synced.append((path.name, len(folders(tmp_path)), path.is_dir())))
     prepare_here()
     (name,) = folders(tmp_path)
     assert {path for path, _, _ in synced[:4]} == {p.name for p in (tmp_path / "data" / name).iterdir()}
@@ -192,14 +190,14 @@ def test_all_files_are_on_the_disk_before_the_folder_gets_its_name(prepare_here,
 def test_of_two_processes_that_prepare_at_once_the_first_is_kept(prepare_here, tmp_path, monkeypatch):
     """Where the file system has no locks, and nothing makes the second one wait."""
     monkeypatch.setattr(preparing.folder_lock, "held", lambda *_, **__: contextlib.nullcontext())
-    encode, other = preparing._encode, []
+    encode_parts, other = encode.encode_parts, []
 
     def encode_while_another_finishes(*arguments):
-        monkeypatch.setattr(preparing, "_encode", encode)
+        monkeypatch.setattr(encode, "encode_parts", encode_parts)
         other.append(prepare_here())
-        return encode(*arguments)
+        return encode_parts(*arguments)
 
-    monkeypatch.setattr(preparing, "_encode", encode_while_another_finishes)
+    monkeypatch.setattr(encode, "encode_parts", encode_while_another_finishes)
     assert stream(prepare_here().train) == stream(other[0].train)
     assert len(folders(tmp_path)) == 1
 
@@ -336,8 +334,8 @@ def test_a_folder_that_cannot_be_written_is_named(prepare_here, tmp_path):
 def test_a_mistake_that_a_worker_process_finds_reaches_the_user(tmp_path, tokenizer_file, monkeypatch):
     rows = [json.dumps({"text": story}) for story in STORIES]
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"text": 3}']))
-    monkeypatch.setattr(corpus, "PART_BYTES", 500)
-    monkeypatch.setattr(preparing, "_POOL_BYTES", 0)
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    monkeypatch.setattr(encode, "POOL_BYTES", 0)
     with pytest.raises(UserError, match=r"rows.jsonl, line 61: field 'text' is a int"):
         prepare(
             str(tmp_path / "rows.jsonl"),

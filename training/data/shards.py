@@ -8,12 +8,13 @@ A prepared source is one folder:
 
 Its name ends in a hash of all it depends on, so sources and vocabularies lie side by side. It is written under a name
 that starts with `.tmp-` and renamed when complete and on the disk: a reader never sees half of one. A `.tmp-` folder
-that is left behind was cut off by a kill or a power failure and may be deleted.
+that is left behind was cut off; the next preparation of the same goes on from there. It may be deleted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +105,21 @@ class TokenShards:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared source: its two splits, their tokenizer, and the fingerprint of the text (`Corpus.fingerprint`)."""
+    """A prepared source.
+
+    Attributes:
+        train: the split to train on.
+        val: the split to validate on.
+        tokenizer: that of both.
+        fingerprint: of the text, `Corpus.fingerprint`.
+        manifest: what else is known of it: `build` says what; of sources that were prepared long ago less.
+    """
 
     train: TokenShards
     val: TokenShards
     tokenizer: Tokenizer
     fingerprint: str
+    manifest: dict
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -125,7 +135,7 @@ def open_dataset(folder: Path) -> Dataset:
             for split in ("train", "val")
         }
         digests.check(folder, manifest.get("digests", {}))  # there are none of what was prepared long ago
-        return Dataset(**splits, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
+        return Dataset(**splits, tokenizer=tokenizer, fingerprint=manifest["fingerprint"], manifest=manifest)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"damaged token shards: {reason}; delete {folder} and they are made anew") from error
@@ -137,6 +147,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     n_documents: int
     n_bytes: int
+    n_byte_tokens: int = 0  # those that stand for one byte of a character that the vocabulary has not
 
 
 class ShardWriter:
@@ -146,6 +157,24 @@ class ShardWriter:
         self._folder, self._split, self._tokenizer = folder, split, tokenizer
         self._names: list[str] = []
         self._counts: tuple[int, ...] = ()  # tokens, documents and bytes of the shard that is growing
+        self.n_byte_tokens = 0
+
+    def state(self) -> dict:
+        """Where it is, for JSON; what was written so far is on the disk afterwards."""
+        if self._counts:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+        return {"names": self._names, "counts": self._counts, "n_byte_tokens": self.n_byte_tokens}
+
+    def go_on(self, state: dict) -> None:
+        """Continue from a `state`: what was written after it is dropped. OSError or ValueError where a file is too short."""
+        self._names, self._counts = list(state["names"]), tuple(state["counts"])
+        self.n_byte_tokens = state["n_byte_tokens"]
+        if self._counts:
+            size = _HEADER.size + self._counts[0] * token_dtype(self._tokenizer.n_tokens).itemsize
+            if self._path.stat().st_size < size:
+                raise ValueError(f"{self._path} is shorter than it was")
+            os.truncate(self._path, size)
 
     def append(self, encoded: Encoded) -> None:
         """Write the tokens behind those that are there, into the shard that is growing."""
@@ -157,6 +186,7 @@ class ShardWriter:
             file.write(encoded.tokens.data)
         added = (len(encoded.tokens), encoded.n_documents, encoded.n_bytes)
         self._counts = tuple(map(sum, zip(self._counts, added, strict=True)))
+        self.n_byte_tokens += encoded.n_byte_tokens
         if self._counts[0] >= SHARD_TOKENS:
             self._finish_shard()
 

@@ -9,10 +9,16 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
+
 from training.errors import UserError
 
-PIECE_CHARACTERS = 1 << 20
-"""A longer text is encoded in pieces of about this: the libraries take 50 to 100 bytes of memory for each of its bytes."""
+PIECE_CHARACTERS = 1 << 14
+"""A longer text is encoded in pieces of about this: the libraries take 50 to 100 bytes of memory for each of its bytes, and
+sentencepiece is 2.8 times as fast as on a million characters at once."""
+
+LONGEST_PIECE = 4 << 20
+"""Where a text can't be cut for so many characters, such as one character all along, it is cut all the same."""
 
 
 class Tokenizer(ABC):
@@ -55,7 +61,7 @@ class Tokenizer(ABC):
         return [self.bos_id] * bos + [token for piece in self.encode_in_pieces(text) for token in piece]
 
     def encode_in_pieces(self, text: str) -> Iterator[list[int]]:
-        """The ids of `encode(text)`, those of about a million characters at a time, in memory that the text does not grow."""
+        """The ids of `encode(text)`, those of a piece at a time, in memory that the text does not grow."""
         start = 0
         while True:
             stop = self._cut(text, start + PIECE_CHARACTERS) if len(text) > start + 2 * PIECE_CHARACTERS else len(text)
@@ -90,6 +96,15 @@ class Tokenizer(ABC):
         """The text of token ids. Control tokens and ids of a padded vocabulary give none, bytes that are no UTF-8 give U+FFFD."""
         stream = TextStream(self)
         return "".join([stream.write(int(token)) for token in ids]) + stream.close()
+
+    def is_byte_token(self, token: int) -> bool:
+        """Whether an id stands for one byte of a character that the vocabulary has not. No id of a byte-level tokenizer does."""
+        return False
+
+    @cached_property
+    def is_byte(self) -> np.ndarray:
+        """`is_byte_token` of every id, (n_tokens,) bool."""
+        return np.array([self.is_byte_token(token) for token in range(self.n_tokens)])
 
     def stream(self) -> TextStream:
         """A decoder that takes one id after another and gives the text that has become certain."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 
-from training.data.tokenizer.interface import PIECE_CHARACTERS, Tokenizer, pairs_within
+from training.data.tokenizer.interface import LONGEST_PIECE, Tokenizer, pairs_within
 from training.errors import UserError
 
 DOCUMENT_TOKENS = ("<|begin_of_text|>", "<|endoftext|>", "<|end_of_text|>", "<bos>", "<s>")
@@ -71,19 +71,33 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str, goes_on: bool) -> list[int]:
         text.encode()  # half a surrogate pair is refused as in the other kind
+        if not goes_on or self._is_byte_level:
+            return self._ids_of(text)
+        anchored = self._ids_of("\0" + text)  # the NUL takes the space that may go in front of a text
+        return anchored[anchored.index(self._nul) + 1 :]
+
+    def _ids_of(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    @cached_property
+    def _nul(self) -> int:
+        """The id of a NUL where it is a token by itself, as bytes are in Llama 2's kind; else -1."""
+        token = self._tokenizer.token_to_id("<0x00>")
+        return -1 if token is None or self._ids_of("\0\0").count(token) != 2 else token
+
     def _cut(self, text: str, at: int) -> int:
-        """Before a space that follows a word: every byte-level pre-tokenizer begins a word there, and no token spans it."""
-        if not self._is_byte_level:
+        """Where no token spans the place; of byte-level ones before a space that follows a word, where all begin a new word."""
+        if not self._is_byte_level and self._nul < 0:
             return len(text)
-        for place in range(at, len(text)):
-            before = text[place - 1]
-            if text[place] == " " and before.isascii() and before.isalnum() and before + "Ġ" not in self._pairs:
+        last = min(at + LONGEST_PIECE, len(text))
+        for place in range(at, last):
+            before, behind = text[place - 1], text[place]
+            if self._is_byte_level:
+                if behind == " " and before.isascii() and before.isalnum() and before + "Ġ" not in self._pairs:
+                    return place
+            elif (before + behind).replace(" ", "\u2581") not in self._pairs:
                 return place
-            if place == at + 4 * PIECE_CHARACTERS:  # text without spaces, millions of characters of it
-                return place
-        return len(text)
+        return last
 
     @cached_property
     def _pairs(self) -> frozenset[str]:
@@ -98,9 +112,14 @@ class JsonTokenizer(Tokenizer):
             return b""
         if self._is_byte_level:
             return bytes([self._alphabet[character] for character in piece])
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        if self.is_byte_token(token):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+
+    def is_byte_token(self, token: int) -> bool:
+        """As in `Tokenizer`."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        return not self._is_byte_level and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _decoder_of(spec: dict) -> list[dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cached_property
 
-from training.data.tokenizer.interface import PIECE_CHARACTERS, Tokenizer, pairs_within
+from training.data.tokenizer.interface import LONGEST_PIECE, Tokenizer, pairs_within
 from training.errors import UserError
 
 # sentencepiece writes a space as U+2581, so that one in the text would come back as a space.
@@ -59,10 +59,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _cut(self, text: str, at: int) -> int:
         if not self._mark_ids:
             return len(text)
-        for place in range(at, min(at + 4 * PIECE_CHARACTERS, len(text))):
+        last = min(at + LONGEST_PIECE, len(text))
+        for place in range(at, last):
             if text[place - 1 : place + 1].replace(" ", _SPACE_MARK) not in self._pairs:
                 return place
-        return min(at + 4 * PIECE_CHARACTERS, len(text))  # one character millions of times over
+        return last
 
     @cached_property
     def _pairs(self) -> frozenset[str]:
@@ -83,7 +84,6 @@ class SentencePieceTokenizer(Tokenizer):
         piece = processor.id_to_piece(token)
         return bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else piece.replace(_SPACE_MARK, " ").encode()
 
-    @cached_property
-    def is_byte(self) -> tuple[bool, ...]:
-        """Of each id, whether it stands for one byte of a character that the vocabulary has not."""
-        return tuple(map(self._processor.is_byte, range(self.n_tokens)))
+    def is_byte_token(self, token: int) -> bool:
+        """As in `Tokenizer`."""
+        return self._processor.is_byte(token)

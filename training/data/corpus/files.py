@@ -1,0 +1,143 @@
+"""The files of a source: found in a folder, and looked into, since what a file holds decides how it is read, not its name."""
+
+from __future__ import annotations
+
+import codecs
+import fnmatch
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.data.corpus.blocks import compression, open_stream
+from training.data.corpus.parts import reading
+from training.data.corpus.records import fields_of, records_of_array
+from training.data.corpus.text import found_separator
+from training.errors import UserError
+
+_HEAD_BYTES = 1 << 18
+_COMPRESSED = {".gz", ".zst", ".zstd", ".bz2", ".xz"}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file and what it holds.
+
+    Attributes:
+        path: the file.
+        kind: "text", "jsonl" (a record a line), "array" (of records) or "parquet".
+        separator: what separates the documents of a text file, where it holds a separator that others use.
+        has_mark: whether it begins with a byte order mark.
+        compressed: with what, empty for a plain file.
+    """
+
+    path: Path
+    kind: str
+    separator: str = ""
+    has_mark: bool = False
+    compressed: str = ""
+
+
+def look_into(path: Path, field: str | None, *, as_text: bool = False, alone: bool = True) -> SourceFile:
+    """What a file holds, by its first bytes and then by its name. UserError for one that can't be read.
+
+    as_text: whoever said how text is to be cut wants text that happens to be JSON to be text, unless its name says JSON.
+    alone: not one of a folder, where a .json without texts may be a text among others.
+    """
+    with reading(path):
+        packed = compression(path)
+        with open_stream(path) as file:
+            raw = file.read(_HEAD_BYTES)
+        names = [suffix.lower() for suffix in path.suffixes]
+        suffix = next((name for name in reversed(names) if not (packed and name in _COMPRESSED)), "")
+        if raw.startswith(b"PAR1") or suffix == ".parquet":
+            if packed:
+                raise UserError(f"{path} is a parquet file in {packed}: uncompress it, parquet is compressed inside")
+            return SourceFile(path, "parquet")
+        has_mark = raw.startswith(codecs.BOM_UTF8)
+        head = codecs.getincrementaldecoder("utf-8-sig")("replace").decode(raw)
+        kind = "text"
+        if suffix in (".jsonl", ".ndjson"):
+            kind = "jsonl"
+        elif suffix == ".json" and alone and head.lstrip()[:1] in ("[", "{"):
+            kind = "array" if head.lstrip().startswith("[") else "jsonl"
+        elif suffix == ".json" or not as_text:
+            kind = _kind_of_records(path, head, field) or "text"
+        return SourceFile(path, kind, found_separator(head) if kind == "text" else "", has_mark, packed)
+
+
+def _kind_of_records(path: Path, head: str, field: str | None) -> str:
+    """What JSON a text is that begins with a record that has a text: "jsonl" or "array"; empty for any other text."""
+    kind = {"{": "jsonl", "[": "array"}.get(head.lstrip()[:1], "")
+    names = first_names(path, kind) if kind else []
+    return kind if any(name in names for name in fields_of(field)) else ""
+
+
+def first_names(path: Path, kind: str) -> list[str]:
+    """The names in the first record of JSON; none where it begins with anything else."""
+    try:
+        if kind == "array":
+            with closing(records_of_array(path)) as records:
+                record = next(records, None)
+        else:
+            with open_stream(path) as file:
+                record = json.loads(file.readline(_HEAD_BYTES).decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return []
+    return list(record) if isinstance(record, dict) else []
+
+
+def find_files(root: Path, pattern: str = "") -> Iterator[Path | UserError]:
+    """The files under a folder, sorted by relative path, and what can't be followed, as the UserError to raise or report.
+
+    Hidden files and folders, and __pycache__, are left out: they are rarely text. Links are followed, each folder once.
+    pattern: only files whose name or relative path matches, as a shell would.
+    """
+    seen: set[tuple[int, int]] = set()
+    found: list[Path] = []
+    faults: list[UserError] = []
+
+    def visit(folder: Path) -> None:
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                return
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            faults.append(UserError(f"{folder} can't be read: {error.strerror or error}"))
+            return
+        for name in names:
+            path = folder / name
+            if name.startswith(".") or name == "__pycache__":
+                continue
+            if path.is_dir():
+                visit(path)
+            elif path.is_file():
+                relative = path.relative_to(root).as_posix()
+                if not pattern or fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(relative, pattern):
+                    found.append(path)
+            elif path.is_symlink():
+                faults.append(UserError(f"{path} is a link to {os.readlink(path)}, which is not there"))
+
+    visit(root)
+    yield from faults
+    yield from sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def one_kind(root: Path, files: list[SourceFile]) -> None:
+    """UserError, with the way on, unless all files hold the same: text, JSON records or parquet."""
+    kinds = {file.path: {"jsonl": "JSON records", "array": "JSON records"}.get(file.kind, file.kind) for file in files}
+    counts = Counter(kinds.values())
+    if len(counts) > 1:
+        first = {kind: next(path for path in kinds if kinds[path] == kind) for kind in counts}
+        held = ", ".join(f"{count} of {kind} ({first[kind].name})" for kind, count in counts.most_common())
+        suffix = first[counts.most_common(1)[0][0]].suffix
+        raise UserError(
+            f"--data {root}: a folder is read as one kind, and this one has files {held}; "
+            f"say which to read, for instance --data-files '*{suffix}'"
+        )
