@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import archive, command
+from bench import archive, command, time_to_loss
 from bench.all import gpu_cases
 from bench.archive import Result
 from bench.parity.__main__ import worst
@@ -239,6 +239,7 @@ def results_page(results: list[Result], drawn: list[str]) -> str:
         "## Loss parity\n",
         _loss_parity(standings.newest("loss_parity", "preset")) or _nothing("bench.loss_parity"),
     ]
+    parts += ["## Time to a loss\n", _time_to_loss(standings.newest("time_to_loss", "preset"))]
     parts += [
         "## Errors against float64\n",
         _parity(standings.newest("parity", "preset", "dtype")) or _nothing("bench.parity"),
@@ -338,6 +339,16 @@ def _loss_parity(results: list[Result]) -> str:
                 [result.gpu or CPU, data["preset"], str(data["steps"]), f"{drift:.1e}", f"{bound:.1e}", verdict]
             )
     return table(["on", "preset", "steps", "drift (nats)", "bound", ""], rows, numbers_from=2) if rows else ""
+
+
+def _time_to_loss(results: list[Result]) -> str:
+    rows = [
+        [result.gpu or CPU, result.data["preset"], f"{result.data['target']:.3f}", *line]
+        for result in results
+        for line in time_to_loss.lines(result.data)
+    ]
+    headings = ["on", "preset", "to a loss of", "run", "steps", "seconds", "ms a step", "first step, s", "last loss"]
+    return table(headings, rows, numbers_from=4) if rows else _nothing("bench.time_to_loss")
 
 
 def _parity(results: list[Result]) -> str:

@@ -57,6 +57,9 @@ def _charts(results: list[Result]) -> dict[str, Callable]:
         if any(row["excess"] is not None for row in result.data["ops"]):
             name = _name("parity", result.gpu or CPU, result.data["preset"], result.data["dtype"])
             charts[name] = lambda axes, r=result: _heat_map(axes, r)
+    for result in standings.newest("time_to_loss", "preset"):
+        name = _name("time-to-loss", result.gpu or CPU, result.data["preset"])
+        charts[name] = lambda axes, r=result: _time_to_loss(axes, r)
     for result in standings.newest("waterfall", "preset", "of_gpu", "variant"):
         name = _name("waterfall", result.data["of_gpu"], result.data["preset"], result.data["variant"])
         charts[name] = lambda axes, r=result: _waterfall(axes, r)
@@ -176,3 +179,17 @@ def _waterfall(axes, result: Result) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ms")
     axes.set_title(f"a step of {data['preset']} on {data['of_gpu']}: {data['source']}", fontsize=10)
+
+
+def _time_to_loss(axes, result: Result) -> None:
+    """Validation loss over seconds: a colour a run, a line a seed; the level line is the target."""
+    names = list(dict.fromkeys(row["run"] for row in result.data["rows"]))
+    for row in result.data["rows"]:
+        _, seconds, losses = zip(*row["curve"], strict=True)
+        seen = any(line.get_label() == row["run"] for line in axes.get_lines())
+        axes.plot(seconds, losses, color=f"C{names.index(row['run'])}", label=None if seen else row["run"], linewidth=1)
+    axes.axhline(result.data["target"], color="grey", linewidth=0.8)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("validation loss (nats)")
+    axes.legend(frameon=False)
+    axes.set_title(f"{result.data['preset']}, {result.data['dtype']}, on {result.gpu or CPU}")
