@@ -100,6 +100,8 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     resumed = config.init_from == "resume"
     progress, resume_note = state.resume(config, trainer, dataset) if resumed else (Progress(), "")
     config = replace(config, which="last")  # said of this call; what is saved is resumed where it ends
+    if config.weights:  # which may be of an earlier run in this folder, moved below
+        world.wait("reading the weights", patiently=True)
 
     # ---- the records, kept by the main process. What can be refused has been by the time an earlier run's files are moved
     metrics = profiler = None

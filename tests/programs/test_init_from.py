@@ -14,7 +14,17 @@ import export
 import generate
 import train
 from model.huggingface.folder import FolderTensors
-from tests.support.run_testing import ROOT, TINY, Result, arguments, call, records, write_text
+from tests.support.run_testing import (
+    ROOT,
+    TINY,
+    Result,
+    arguments,
+    call,
+    finish,
+    records,
+    start_many,
+    write_text,
+)
 from tests.support.weights_testing import LLAMA3, canonical, llama, write_folder
 
 SHAPE_OF_RUN = {"vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "preset"}
@@ -117,6 +127,26 @@ def test_a_run_may_begin_with_its_own_former_weights(tmp_path):
     assert (tmp_path / "out" / "earlier-1" / "step-00000004").is_dir()
     result = call(train, ["--init-from=resume", f"--out-dir={tmp_path / 'out'}", "--max-iters=6"])
     assert (result.status, result.err) == (0, ""), result
+
+
+def test_the_earlier_run_is_set_aside_when_every_process_has_read_it(tmp_path):
+    begun(tmp_path / "out", init_from=write_folder(tmp_path / "hf", llama()))
+    slow = """
+import os, sys, time, train
+from training.pretrained import Pretrained
+sys.argv[0] = "train.py"
+load_into = Pretrained.load_into
+def late(*words):
+    time.sleep(3 * (os.environ["RANK"] == "1"))
+    return load_into(*words)
+Pretrained.load_into = late
+train.main()
+"""
+    text = {"data": tmp_path / "text.txt", "data_dir": tmp_path / "data", "out_dir": tmp_path / "out"}
+    options = SHORT | text | {"init_from": tmp_path / "out", "gradient_accumulation_steps": 2}
+    results = [finish(process) for process in start_many(arguments(**options), code=slow)]
+    assert [(result.status, result.err) for result in results] == [(0, "")] * 2
+    assert (tmp_path / "out" / "earlier-1" / "step-00000004").is_dir()
 
 
 def test_a_file_of_defaults_may_name_the_weights(tmp_path):
