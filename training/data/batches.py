@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from training.config import TrainConfig
-from training.data.shards import TokenShards
+from training.data.token_stream import TokenStream
 from training.errors import UserError
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Batches:
         UserError: the split has fewer windows than one step takes.
     """
 
-    def __init__(self, shards: TokenShards, *, sequence_length: int, sequences_per_step: int, seed: int):
+    def __init__(self, shards: TokenStream, *, sequence_length: int, sequences_per_step: int, seed: int):
         assert sequence_length > 0
         assert sequences_per_step > 0
         self.shards = shards
@@ -66,7 +66,7 @@ class Batches:
         self._orders: dict[int, np.ndarray] = {}
 
     @classmethod
-    def of_run(cls, config: TrainConfig, shards: TokenShards, micro_steps: int) -> Batches:
+    def of_run(cls, config: TrainConfig, shards: TokenStream, micro_steps: int) -> Batches:
         """Those of the options of a run, in steps of so many micro-batches over all ranks."""
         return cls(
             shards,

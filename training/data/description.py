@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.data.shards import Dataset, TokenShards
+from training.data.shards import Dataset
+from training.data.token_stream import TokenStream
 
 _BEGINNING = 100  # characters
 _BAD_SHOWN = 5
@@ -14,8 +15,9 @@ def describe(dataset: Dataset) -> list[str]:
     """Lines: how many documents and tokens, how they were cut, what was left out, and the beginning of the first one."""
     train, val, manifest = dataset.train, dataset.val, dataset.manifest
     cut = f", {manifest['cut']}" if manifest.get("cut") else ""
+    about = "about " if getattr(train, "is_estimated", False) else ""
     lines = [
-        f"data {manifest['source']}{cut}: {train.n_documents:,} documents of {train.n_tokens:,} tokens to train on, "
+        f"data {manifest['source']}{cut}: {about}{train.n_documents:,} documents of {train.n_tokens:,} tokens to train on, "
         f"{val.n_documents:,} of {val.n_tokens:,} to validate on"
     ]
     if count := manifest.get("without_text"):
@@ -42,7 +44,7 @@ def beginning(dataset: Dataset) -> str:
     return text if len(text) <= _BEGINNING else f"{text[:_BEGINNING]}..."
 
 
-def _first_tokens(shards: TokenShards) -> list[int]:
+def _first_tokens(shards: TokenStream) -> list[int]:
     tokens = shards.read(np.array([0]), min(shards.n_tokens, 4 * _BEGINNING))[0].tolist()
     ends = [place for place, token in enumerate(tokens) if token == shards.bos_id and place > 0]
     return tokens[: ends[0]] if ends else tokens

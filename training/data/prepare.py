@@ -17,6 +17,7 @@ from training.data.corpus import open_corpus
 from training.data.encode import default_workers
 from training.data.shards import Dataset, open_dataset
 from training.data.tokenizer import Tokenizer, load_tokenizer
+from training.data.tokens_of_others import open_tokens, token_files, tokenizer_beside
 from training.errors import UserError
 
 _PADDED_TO = (8, 16, 32, 64, 128)  # a model's vocabulary may be padded up to a multiple of one of these
@@ -65,7 +66,7 @@ def prepare(
     format, and not on the number of workers. Of processes that prepare one source at once the others wait for the first.
 
     Args:
-        data: a source, as in `corpus.open_corpus`.
+        data: a source, as in `corpus.open_corpus`, or a folder of tokens that another program has prepared.
         vocab_size: of the tokenizer to train; a given one must have so many tokens, or it must be padded up from them.
         data_dir: where prepared sources and downloads are kept.
         tokenizer_file: a sentencepiece `.model` file or a `tokenizer.json` to use instead of training one.
@@ -84,6 +85,9 @@ def prepare(
     Raises:
         UserError: a bad source, tokenizer or vocabulary size, damaged shards, or a folder that can't be written.
     """
+    others = None if data in ("stdlib", "tinystories") else token_files(Path(data), data_files)
+    if others:
+        tokenizer_file = tokenizer_file or tokenizer_beside(Path(data))
     tokenizer = _load_tokenizer(tokenizer_file, document_token, vocab_size, any_padding) if tokenizer_file else None
     if tokenizer:
         vocab_size = tokenizer.n_tokens  # to what size a model pads it changes no token
@@ -91,6 +95,8 @@ def prepare(
         raise UserError(
             f"--document-token {document_token} names a token of a given tokenizer: name that with --tokenizer"
         )
+    if others:
+        return open_tokens(Path(data), others, tokenizer)
     data_dir = Path(data_dir)
     corpus = open_corpus(
         data,

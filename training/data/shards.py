@@ -24,6 +24,7 @@ import numpy as np
 
 from training.data import digests
 from training.data.corpus import Split
+from training.data.token_stream import TokenStream
 from training.data.tokenizer import FILE_NAMES, Tokenizer, tokenizer_of
 from training.errors import UserError
 
@@ -36,71 +37,17 @@ _MAGIC = b"TOKSHARD"
 _HEADER = struct.Struct("<8sIIQQQQQ32s")
 
 
-class TokenShards:
-    """The tokens of one split, as one stream: BOS, a document, BOS, the next document ...
+class TokenShards(TokenStream):
+    """A split of a prepared source."""
 
-    Attributes:
-        name: the split and its source, for messages.
-        vocab_size: ids are below this.
-        bos_id: the token that opens each document and so ends the one before.
-        n_tokens: length of the stream, BOS included.
-        n_documents: number of documents.
-        n_bytes: bytes of the text in UTF-8; `n_bytes / n_tokens` turns a loss a token into bits per byte.
-    """
+    way_on = "the shards are damaged, delete their folder and they are made anew"
 
     def __init__(self, name: str, paths: list[Path], tokenizer: Tokenizer):
         """Open shards, in order; UserError if one is truncated, no shard, or of another tokenizer."""
-        self.name = name
-        self.vocab_size = tokenizer.n_tokens
-        self.bos_id = tokenizer.bos_id
-        self.n_documents = self.n_bytes = 0
-        self._arrays: list[np.ndarray] = []
-        for path in paths:
-            tokens, documents, text_bytes = _open_shard(path, tokenizer)
-            self._arrays.append(tokens)
-            self.n_documents += documents
-            self.n_bytes += text_bytes
-        self._ends = np.cumsum([len(array) for array in self._arrays], dtype=np.int64)
-        self.n_tokens = int(self._ends[-1])
-
-    @property
-    def mean_document_length(self) -> float:
-        """Tokens a document, BOS included."""
-        return self.n_tokens / self.n_documents
-
-    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Windows of the stream.
-
-        Args:
-            starts: (n,) integers, 0 <= start <= n_tokens - length.
-            length: tokens of each window.
-
-        Returns:
-            (n, length) int64.
-
-        Raises:
-            UserError: an id past the vocabulary, which only a damaged file can hold.
-        """
-        windows = np.empty((len(starts), length), dtype=np.int64)
-        for window, start in zip(windows, starts.tolist(), strict=True):
-            self._read_into(window, start)
-        if windows.size and (largest := int(windows.max())) >= self.vocab_size:
-            raise UserError(
-                f"{self.name}: token id {largest}, allowed: below the vocabulary size {self.vocab_size}; "
-                "the shards are damaged, delete their folder and they are made anew"
-            )
-        return windows
-
-    def _read_into(self, window: np.ndarray, start: int) -> None:
-        assert 0 <= start <= self.n_tokens - len(window), (start, len(window), self.n_tokens)
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        start -= int(self._ends[shard]) - len(self._arrays[shard])
-        filled = 0
-        while filled < len(window):  # a window may lie across shards
-            piece = self._arrays[shard][start : start + len(window) - filled]
-            window[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            shard, start = shard + 1, 0
+        opened = [_open_shard(path, tokenizer) for path in paths]
+        super().__init__(name, [tokens for tokens, _, _ in opened], tokenizer)
+        self.n_documents = sum(documents for _, documents, _ in opened)
+        self.n_bytes = sum(text_bytes for _, _, text_bytes in opened)
 
 
 @dataclass(frozen=True)
@@ -115,8 +62,8 @@ class Dataset:
         manifest: what else is known of it: `build` says what; of sources that were prepared long ago less.
     """
 
-    train: TokenShards
-    val: TokenShards
+    train: TokenStream
+    val: TokenStream
     tokenizer: Tokenizer
     fingerprint: str
     manifest: dict
