@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
+from unicodedata import normalize
 
 import tyro
 
@@ -157,28 +158,41 @@ class Writer:
 
     def write(self, prompts: list[tuple[str, str]]) -> None:
         """Continue the prompts, given with what they are called. UserError, before a text is begun, where one can't be."""
+        from model.generation import copies_before
+
         tokens = [self._encode(text, name) for name, text in prompts]
         transcript = Transcript(len(tokens))
         at_once = self._config.batch_size
+        copies = copies_before(tokens)
         start, n_new = time.perf_counter(), 0
         for first in range(0, len(tokens), at_once):
-            n_new += len(self._continue(tokens[first : first + at_once], transcript, first))
-        self._report(n_new, time.perf_counter() - start)
+            batch = slice(first, first + at_once)
+            texts = [GrowingText(self._tokenizer, prompt[1:], self._config.stop) for prompt in tokens[batch]]
+            for i, text in enumerate(texts, first):
+                transcript.write(i, text.prompt)
+            n_new += self._continue(tokens[batch], texts, transcript, first, copies[batch])
+        seconds = time.perf_counter() - start
+        print(f"{n_new} tokens in {seconds:.2f} s: {n_new / seconds:.1f} tokens/s", file=sys.stderr)
 
     def converse(self, text: str) -> None:
         """Put what is typed behind the text, a line at a time, and let the model go on. UserError where its context is full."""
         if text:
             print(printable(text, sys.stdout.encoding or "utf-8"))
-        for line in map(str.rstrip, sys.stdin):
-            text += line
-            new = self._continue([self._encode(text, "the text")], Transcript(1), 0, with_prompt=False)
-            text += self._tokenizer.decode(new)
+        for line in sys.stdin:
+            text += line.removesuffix("\n")
+            tokens = self._encode(text, "the text")
+            growing = GrowingText(self._tokenizer, tokens[1:], self._config.stop)
+            self._continue([tokens], [growing], Transcript(1))
+            text += growing.text
 
     def _encode(self, text: str, name: str) -> list[int]:
         """The tokens of a prompt, behind the one that opens a document."""
         tokenizer, limit = self._tokenizer, self._model.config.max_seq_len
         for character in sorted(set(text)):
-            if character not in tokenizer.decode(tokenizer.encode(f"a{character}a")):
+            between = f"a{character}a"
+            back = tokenizer.decode(tokenizer.encode(between))
+            # A tokenizer may write a character in another form of Unicode.
+            if character not in back and normalize("NFKC", between) != normalize("NFKC", back):
                 raise UserError(f"{name} has {character!r}, for which this model's tokenizer has no token")
         tokens = tokenizer.encode(text, bos=True)
         if len(tokens) >= limit:
@@ -188,15 +202,17 @@ class Writer:
         return tokens
 
     def _continue(
-        self, prompts: list[list[int]], transcript: Transcript, first: int, with_prompt: bool = True
-    ) -> list[int]:
-        """Print a batch of texts, the first of which is the transcript's number `first`. Returns all new tokens."""
+        self,
+        prompts: list[list[int]],
+        texts: list[GrowingText],
+        transcript: Transcript,
+        first: int = 0,
+        copies: list[int] | None = None,
+    ) -> int:
+        """Let a batch of texts grow and print them, the first as the transcript's number `first`. Returns how many tokens came."""
         from model.generation import generate
 
-        bos, config = self._tokenizer.bos_id, self._config
-        texts = [GrowingText(self._tokenizer, prompt[1:], config.stop) for prompt in prompts]
-        for i, text in enumerate(texts if with_prompt else ()):
-            transcript.write(first + i, text.prompt)
+        config = self._config
 
         def on_token(i: int, token: int) -> bool:
             transcript.write(first + i, texts[i].write(token))
@@ -212,13 +228,14 @@ class Writer:
             config.max_new_tokens,
             self._sampling,
             seed=config.seed,
-            stop_token=bos,
+            copies=copies,
+            stop_token=self._tokenizer.bos_id,
             ops=self._model.ops,
             wrap=self._wrap,
             on_token=on_token,
             on_end=on_end,
         )
-        return [token for tokens in new for token in tokens]
+        return sum(map(len, new))
 
     def _wrap(self, step: Callable[[], None]) -> Callable[[], None]:
         """The step of one token, compiled and captured as asked for."""
@@ -230,11 +247,6 @@ class Writer:
             step = torch.compile(step, fullgraph=True, dynamic=False)
         on_gpu = self._model.cos.is_cuda
         return Captured(step, torch.cuda.Stream()) if on_gpu and self._config.capture else step
-
-    @staticmethod
-    def _report(tokens: int, seconds: float) -> None:
-        sys.stdout.flush()
-        print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ class Case:
 
 KERNEL_TESTS = (
     "tests/kernels",
+    "tests/model/test_generation.py",
     "tests/training/test_capture.py",
     "tests/training/test_flat.py",
     "tests/training/test_optimizer.py",
@@ -103,6 +104,7 @@ def gpu_cases() -> list[Case]:
         Case("step-124m", step("124m", *large, "--profile"), 300),
         Case("step-llama3.2-1b", step("llama3.2-1b", *large, "--profile"), 400),
         Case("parity-reference", ("bench.parity", "--preset", "reference", "--batch-size", "8", "--bisect"), 150),
+        Case("generation-reference", ("bench.generation",), 300),
         Case("loss-parity", ("bench.loss_parity",), 600),
         Case("step-reference-others", step("reference", *others, *peers), 300),
         Case("step-reference-per-op", step("reference", "--variants", "compiled", "--per-op"), 400),

@@ -20,7 +20,7 @@ class Result:
 
     @property
     def bench(self) -> str:
-        """The command: step, ops, check, loss_parity, parity, roofline, machine_code, all."""
+        """The command: step, ops, check, loss_parity, parity, roofline, machine_code, generation, all."""
         return self.data["bench"]
 
     @property

@@ -134,7 +134,9 @@ class Ways:
             "cached-compiled": lambda step: torch.compile(step, fullgraph=True, dynamic=False),
             "cached-captured": lambda step: Captured(step, torch.cuda.Stream()),
         }
-        self._ways = {name: functools.partial(self._cached, wrap) for name, wrap in ours.items()}
+        self._ways: dict[str, Callable[[int], Tokens]] = {
+            name: functools.partial(self._cached, wrap) for name, wrap in ours.items()
+        }
         self._ways |= {"whole-sequence": self._whole_sequence, "transformers": self._transformers}
 
     def run(self, name: str, streams: int) -> None:

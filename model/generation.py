@@ -4,6 +4,7 @@ Prompts of a batch may have any lengths. They are padded behind, where no token 
 gets is what it would get alone, to the rounding of products of other shapes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -193,19 +194,26 @@ class Decoder:
             self._seen.scatter_(1, self.tokens[:, None], True)
 
 
-def uniform_numbers(prompts: Sequence[Sequence[int]], n: int, seed: int) -> Tensor:
-    """n numbers in [0, 1) for each prompt, float64 (prompts, n): a function of the seed and of how many equal ones come before it.
+def copies_before(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Of each prompt, how many equal ones come before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    copies = []
+    for prompt in map(tuple, prompts):
+        copies.append(seen[prompt])
+        seen[prompt] += 1
+    return copies
+
+
+def uniform_numbers(copies: Sequence[int], n: int, seed: int) -> Tensor:
+    """n numbers in [0, 1) for each prompt, float64 (prompts, n): a function of the seed and of `copies_before` alone.
 
     So a prompt gets alone what it gets in a batch, and one that is given twice gets two texts.
     """
-    before: dict[tuple[int, ...], int] = {}
     rows = []
-    for prompt in map(tuple, prompts):
-        copies = before[prompt] = before.get(prompt, -1) + 1
-        (state,) = np.random.SeedSequence([seed, copies]).generate_state(1, np.uint64)
-        rows.append(
-            torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(int(state >> np.uint64(1))))
-        )
+    for copy in copies:
+        (state,) = np.random.SeedSequence([seed, copy]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        rows.append(torch.rand(n, dtype=torch.float64, generator=generator))
     return torch.stack(rows)
 
 
@@ -217,6 +225,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     seed: int = 0,
+    copies: Sequence[int] | None = None,
     stop_token: int | None = None,
     ops: Sequence[Ops] | None = None,
     wrap: Callable[[Callable[[], None]], Callable[[], None]] = lambda step: step,
@@ -228,6 +237,7 @@ def generate(
     A text ends early at the model's max_seq_len. Draws are from generators of their own: sampling in a training run changes
     nothing of it.
 
+    copies: of each prompt, how many equal ones came before it in what these are a part of; among these, if not given.
     ops: `n_layers + 1` of them, such as the model's own; the torch twins if not given. wrap: what makes of `Decoder.step` the
     function that is called for each token but the first: a compiled one, a captured one. on_token: is called with the number of a
     prompt and each of its tokens as they come, and says whether its text ends with it. on_end: is called once with the number of
@@ -251,7 +261,7 @@ def generate(
             on_end(i)
         return new
     capacity = max(len(prompt) + n for prompt, n in zip(prompts, room, strict=True))
-    uniform = uniform_numbers(prompts, max(room), seed).to(model.cos.device)
+    uniform = uniform_numbers(copies or copies_before(prompts), max(room), seed).to(model.cos.device)
     decoder = Decoder(model, prompts, capacity, sampling, ops)
     step = wrap(decoder.step)
     growing = set(range(len(prompts)))

@@ -15,7 +15,7 @@ from bench import archive, command, time_to_loss
 from bench.all import gpu_cases
 from bench.archive import Result
 from bench.parity.__main__ import worst
-from bench.report import charts, compiled, profiles
+from bench.report import charts, compiled, generation, profiles
 from bench.report.goals import GPU, LOSS_HEAD, LOSS_HEAD_SIZE, OPS, STEP, UNMEASURED, verdicts
 from bench.report.markdown import table
 from bench.report.standings import CPU, Standings, Steps
@@ -248,6 +248,12 @@ def results_page(results: list[Result], drawn: list[str]) -> str:
         "## What a compiled step launches\n",
         "Built without a GPU, not measured: which launches there are, and the bytes of their tensors. A library call is one.\n",
         _compiled(standings.newest("compiled", "preset", "kernels")) or _nothing("bench.compiled"),
+    ]
+    parts += [
+        "## Generated text\n",
+        "The likeliest tokens after a prompt of one; tokens/s of all streams together. whole-sequence: the whole sequence again "
+        "for each token; transformers: its generate, with its cache.\n",
+        generation.section(standings.newest("generation", "preset")) or _nothing("bench.generation"),
     ]
     parts += ["## The floor\n", _roofline(standings.newest("roofline", "preset")) or _nothing("bench.roofline")]
     parts += ["## Where the figures are from\n", _sources(results) or "Nothing has been measured.\n"]

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from bench import all as bench_all
-from bench import check, loss_parity
+from bench import check, generation, loss_parity
 from bench.all import PROJECT, AllBench, Case, cpu_cases, gpu_cases, in_groups, main, run_all
 from bench.ops import __main__ as ops
 from bench.ops.catalogue import SHEETS
@@ -32,6 +32,7 @@ OPTIONS = {
     "bench.parity": parity.Parity,
     "bench.loss_parity": loss_parity.LossParity,
     "bench.roofline": roofline.Roofline,
+    "bench.generation": generation.GenerationBench,
 }
 CPU_VARIANTS = {"eager"}  # of bench.ops
 

@@ -12,6 +12,7 @@ from model.generation import (
     KVCache,
     OfOneToken,
     OfPrompts,
+    copies_before,
     decode,
     generate,
     lay_out_for_decoding,
@@ -114,12 +115,13 @@ def test_a_batch_gives_each_prompt_the_tokens_it_gets_alone(model, sampling):
 
 
 def test_numbers_depend_on_the_seed_and_on_equal_prompts_before_alone():
-    numbers = uniform_numbers(PROMPTS, 40, seed=3)
+    assert copies_before(PROMPTS) == [0, 0, 0, 1, 0]
+    numbers = uniform_numbers(copies_before(PROMPTS), 40, seed=3)
     assert numbers.shape == (5, 40)
     assert torch.equal(numbers[0], numbers[1])
     assert not torch.equal(numbers[0], numbers[3])
-    assert torch.equal(uniform_numbers([[4]], 9, seed=3)[0], numbers[0, :9])
-    assert not torch.equal(uniform_numbers([[4]], 9, seed=4)[0], numbers[0, :9])
+    assert torch.equal(uniform_numbers([0], 9, seed=3)[0], numbers[0, :9])
+    assert not torch.equal(uniform_numbers([0], 9, seed=4)[0], numbers[0, :9])
     assert numbers.min() >= 0
     assert numbers.max() < 1
 

@@ -189,9 +189,11 @@ def test_several_prompts_give_the_texts_of_each_alone_in_their_order(run, tmp_pa
 
 
 def test_a_prompt_given_twice_gets_two_texts(run):
-    first, second = text_of(run, "--prompt=the", "--prompt=the").split(f"{transcript.SEPARATOR}\n")
+    both = text_of(run, "--prompt=the", "--prompt=the")
+    first, second = both.split(f"{transcript.SEPARATOR}\n")
     assert first == text_of(run, "--prompt=the")
     assert first != second
+    assert text_of(run, "--prompt=the", "--prompt=the", "--batch-size=1") == both
 
 
 def test_nothing_is_written_where_one_prompt_of_a_file_cannot_be(run, tmp_path):
@@ -226,6 +228,18 @@ def test_what_is_typed_is_put_behind_the_text(run, monkeypatch):
     assert text_of(*words[:2], *words[3:], "--prompt=the cat") == f"the cat{first}\n"
     text = f"the cat{first} sat on"
     assert text_of(*words[:2], *words[3:], f"--prompt={text}") == f"{text}{second}\n"
+
+
+def test_writing_on_together_goes_on_from_what_was_shown(run, monkeypatch):
+    """Not from what lies behind a stop text."""
+    words = [str(run), "--device=cpu", "--temperature=0", "--max-new-tokens=5"]
+    shown = text_of(*words, "--prompt=the cat").removeprefix("the cat").rstrip("\n")
+    stop = shown[3:]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n sat\n"))
+    result = call(generate, [*words, "--interactive", f"--stop={stop}"])
+    first, second, _ = result.out.split("\n")
+    assert first == shown[: shown.index(stop)]
+    assert text_of(*words, f"--prompt=the cat{first} sat", f"--stop={stop}") == f"the cat{first} sat{second}\n"
 
 
 def test_writing_on_together_ends_where_the_context_does(run, monkeypatch):

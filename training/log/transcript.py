@@ -15,6 +15,7 @@ class GrowingText:
 
     Attributes:
         prompt: the text of the prompt, as its tokens give it back.
+        text: what was given out so far.
         ended: whether a stop text has come; nothing of it, or after it, is given out.
     """
 
@@ -22,6 +23,7 @@ class GrowingText:
         self._stream, self._stops = tokenizer.stream(), stops
         self._held = ""  # certain text that may be the beginning of a stop text
         self.prompt = "".join(map(self._stream.write, prompt))
+        self.text = ""
         self.ended = False
 
     def write(self, token: int) -> str:
@@ -36,12 +38,13 @@ class GrowingText:
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.ended = True
-            return text[: min(found)]
-        held = 0
-        if not is_end:
-            held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            certain = text[: min(found)]
+        else:
+            begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            held = 0 if is_end else max(begun, default=0)
+            certain, self._held = text[: len(text) - held], text[len(text) - held :]
+        self.text += certain
+        return certain
 
 
 class Transcript:
