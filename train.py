@@ -61,6 +61,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     from training.log.plot import draw_loss_curve
     from training.progress import Progress, UnderWay
     from training.step.explain import Skips
+    from training.step.recheck import Rechecked, StepDiffersError
     from training.step.schedule import learning_rate
     from training.step.trainer import Trainer
 
@@ -133,6 +134,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     # ---- the loop; a GPU's figures are read one step late, so that it never waits for a line to be printed
     saves = Saves(config, trainer, dataset, progress, world, metrics, stop)
     under_way = UnderWay(config, progress, metrics, world, device, dtype)
+    take_step = Rechecked(config, trainer, progress, world).step if config.check_steps else trainer.step
     skips = Skips(config, trainer, load, progress, world, metrics)
     steps = prefetch(load, progress.step, config.max_iters, device=device)
     steps = profiling.watched(steps) if profiler else steps
@@ -160,7 +162,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
                 lr = learning_rate(config, progress.step)
                 if config.dropout:
                     seed_step(config.seed, progress.step, world.rank)
-                under_way.add(progress.step, lr, trainer.step(micro_batches, valid, lr))
+                under_way.add(progress.step, lr, take_step(micro_batches, valid, lr))
                 progress.step += 1
                 stop.begun = True
                 under_way.keep_up()
@@ -171,6 +173,8 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
             under_way.finish()
             if metrics:
                 metrics.note(f"stopping after step {progress.step - 1}, as asked")
+        except StepDiffersError as error:
+            under_way.broke_down = str(error)
         except UserError as error:  # a shard that was damaged meanwhile: what has been learned is saved
             if world.size > 1:
                 raise

@@ -43,7 +43,8 @@ RUNS: dict[str, dict] = {
 AT_LEAST = {
     1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval keep_checkpoints "
     "max_skipped_steps process_timeout",
-    0: "explain_skips data_workers warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip seed",
+    0: "explain_skips check_steps data_workers warmup_iters decay_iters sample_tokens learning_rate min_lr weight_decay grad_clip "
+    "seed",
 }
 
 
@@ -164,6 +165,8 @@ class TrainConfig(LlamaConfig):
 
     explain_skips: int = 1
     """Skipped steps to explain: which op of which layer first gave what is not finite, and whether its kernel is to blame."""
+    check_steps: int = 0
+    """Make every N-th step twice and compare to the bit: finds hardware that fails and kernels with races; 0: never."""
     process_timeout: int = 600
     """With many processes: seconds to wait for one that does not answer before the run ends. Preparing text has no limit."""
 
@@ -238,6 +241,10 @@ class TrainConfig(LlamaConfig):
             raise UserError(f"--min-lr {self.min_lr} is greater than --learning-rate {self.learning_rate}")
         if self.decay_iters > self.max_iters:
             raise UserError(f"--decay-iters {self.decay_iters} is greater than --max-iters {self.max_iters}")
+        if self.check_steps and not self.deterministic:
+            raise UserError(
+                "--check-steps compares to the bit, and --no-deterministic lifts that; leave one of them out"
+            )
         if self.seed >= 2**63:
             raise UserError(f"--seed is {self.seed}; it must be less than 2**63")
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):

@@ -88,6 +88,15 @@ class Trainer:
                 if x is not None:
                     y.copy_(x, non_blocking=True)
 
+    def state(self) -> list[Tensor]:
+        """All that a step changes and a later one reads: not copied, each once, always in the same order."""
+        flat, scale = self.flat, self.loss_scale
+        of_optimizer = [x for state in self.optimizer.state.values() for x in state.values()]
+        tensors = [flat.values, scale.scale, scale.growth_tracker, *of_optimizer]
+        if flat.copies is not None:
+            tensors.append(flat.copies)
+        return list({id(x): x for x in tensors}.values())
+
     def replay(self, micro_batches: Iterable[MicroBatch], valid_tokens: int) -> Tensor:
         """The passes of a step again as they are written, neither compiled nor captured: to be watched op by op.
 
