@@ -2,6 +2,7 @@
 
 import json
 import struct
+import weakref
 
 import pytest
 import safetensors.torch
@@ -98,10 +99,6 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
             return name in tensors
 
         def __getitem__(self, name):
-            import gc
-            import weakref
-
-            gc.collect()
             assert not [ref for ref in held if ref() is not None]
             tensor = tensors[name]
             held.append(weakref.ref(tensor))

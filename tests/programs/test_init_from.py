@@ -129,6 +129,7 @@ def test_a_run_may_begin_with_its_own_former_weights(tmp_path):
     assert (result.status, result.err) == (0, ""), result
 
 
+@pytest.mark.slow
 def test_the_earlier_run_is_set_aside_when_every_process_has_read_it(tmp_path):
     begun(tmp_path / "out", init_from=write_folder(tmp_path / "hf", llama()))
     slow = """
