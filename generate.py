@@ -31,6 +31,8 @@ class GenerateConfig:
     """Checkpoint of a run's folder: last, best, or its name."""
     tokenizer: str = ""
     """Tokenizer file; empty: the one beside the weights."""
+    rope_precision: Literal["auto", "float64", "float32"] = "auto"
+    """Of the RoPE angles; auto: as the run was trained, float64 for others' weights. float32 is what transformers computes with."""
     prompt: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Text to continue; none, or an empty one: from the start of a document. Can be given several times."""
     prompts_file: str = ""
@@ -127,6 +129,7 @@ def load(config: GenerateConfig):
     # What a run was trained with does not bind who reads it.
     run = TrainConfig(**vars(weights.config), device=config.device, dtype=config.dtype, compile=config.compile)
     run.kernels = "none" if config.kernels == "auto" else config.kernels
+    run.rope_precision = run.rope_precision if config.rope_precision == "auto" else config.rope_precision
     run.check()
     device = resolve_device(run)
     if config.kernels == "auto" and device.type == "cuda" and not why_no_kernels(run, has_gpu=True):

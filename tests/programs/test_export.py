@@ -14,7 +14,9 @@ import torch
 import export
 import generate
 import train
+from model import LlamaConfig
 from model.huggingface.folder import FolderTensors
+from model.rope import rope_tables
 from tests.model.test_llama2c import Reader, encode_as_run_c, read_tokenizer_bin
 from tests.support.run_testing import ROOT, TINY, Result, arguments, call, write_text
 from tests.support.weights_testing import LLAMA3, llama, write_folder
@@ -113,6 +115,17 @@ def test_the_tokens_that_end_a_text_of_a_folder_are_kept(run, tmp_path):
     refused(
         call(export, [str(source), str(tmp_path / "out")]), r"eos_token_id is \['x'\], wanted an integer or several"
     )
+
+
+@pytest.mark.parametrize(("asked", "got"), [("auto", "float64"), ("float32", "float32"), ("float64", "float64")])
+def test_a_folder_is_read_with_the_rope_that_is_asked_for(tmp_path, asked, got):
+    source = write_folder(tmp_path, llama(max_seq_len=4096))
+    model, _ = generate.load(generate.GenerateConfig(checkpoint=str(source), rope_precision=asked, device="cpu"))
+    tables = {
+        p: rope_tables(LlamaConfig(**vars(model.config) | {"rope_precision": p}))[0] for p in ("float64", "float32")
+    }
+    assert torch.equal(model.cos, tables[got])
+    assert not torch.equal(tables["float64"], tables["float32"])
 
 
 def test_options_of_the_folder(run, tmp_path):

@@ -1,10 +1,15 @@
 """Texts as they grow: whole characters, up to a stop text, printed in the order of their prompts."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from training.data.tokenizer import Tokenizer
 from training.log.console import printable
+
+if TYPE_CHECKING:
+    from training.data.tokenizer import Tokenizer
 
 SEPARATOR = "-" * 8
 """The line between two texts."""
