@@ -109,6 +109,7 @@ def test_a_whole_text_file_is_one_document_and_so_has_no_split(tmp_path):
         (b" \n\n\t\n", "empty"),
         (b"12345\0", "binary.*NUL at byte 5"),
         (b'"a"\n\n\xe9t\xe9', "binary or of another encoding: 0xe9 at byte 5"),
+        ("a\n\nb".encode("utf-16"), "is UTF-16, wanted UTF-8"),
     ],
 )
 def test_empty_and_binary_files_are_refused(tmp_path, suffix, content, message):

@@ -102,6 +102,8 @@ def test_separators_of_others_are_found(tmp_path):
         assert documents(path) == TEXTS
         assert open_corpus(str(path)).cut == f"cut at {between.strip()!r}"
         assert documents(path, split_text="blank-lines") != TEXTS
+        left = f"cut at blank lines, {between.strip()!r} left in it as --split-text blank-lines says"
+        assert open_corpus(str(path), split_text="blank-lines").cut == left
     quoted = write(tmp_path / "code.py", 'A = "<|endoftext|>"\nB = "<|endoftext|>"\n\n' + "\n\n".join(stories))
     assert documents(quoted)[1:] == stories
     assert open_corpus(str(quoted)).cut == "cut at blank lines"
@@ -156,10 +158,10 @@ def test_a_mixed_folder_is_refused_with_the_way_on(tmp_path):
     parquet(tmp_path / "d" / "1.parquet", text=TEXTS)
     write(tmp_path / "d" / "README.md", "about")
     write(tmp_path / "d" / "more.jsonl", JSONL)
-    with pytest.raises(UserError, match=r"1 of JSON records \(more\.jsonl\).*--data-files '\*\.") as error:
+    with pytest.raises(UserError, match=r"1 of JSON records \(such as more\.jsonl\).*--data-files '\*\.") as error:
         open_corpus(str(tmp_path / "d"))
-    assert "1 of parquet (1.parquet)" in str(error.value)
-    assert "1 of text (README.md)" in str(error.value)
+    assert "1 of parquet (such as 1.parquet)" in str(error.value)
+    assert "1 of text (such as README.md)" in str(error.value)
     assert documents(tmp_path / "d", data_files="*.parquet") == documents(tmp_path / "d", data_files="*.jsonl") == TEXTS
     with pytest.raises(UserError, match=r"no files that match --data-files \*\.csv"):
         open_corpus(str(tmp_path / "d"), data_files="*.csv")
@@ -326,7 +328,7 @@ def test_one_bad_file_is_named_and_skipped_if_asked(tmp_path, kind):
         ('[{"text": "a"}, {"text" "b"}' + " " * 200 + "]", r"a\.json, record 2: Expecting ':' delimiter"),
         ('[{"text": "a"}, {"text": "b', r"a\.json, record 2: Unterminated string"),
         ('[{"text": "a"}, \xff', r"a\.json, record 2: Expecting value"),
-        ('{\n"text": "a"\n}', r"a\.json, line 1: "),
+        ('{\n"text": "a"\n}', r"a\.json is one JSON object; wanted records, one a line or an array of them"),
         ("[" * 100_000, r"a\.json can't be read: .*recursion"),
         ("[]", "empty, it holds no text"),
     ],

@@ -179,6 +179,8 @@ def _after_next_separator(file: BinaryIO, offset: int, pattern: re.Pattern[bytes
 
 def decode(raw: bytes, path: Path, offset: int = 0) -> str:
     """Decode without translating line ends, so that the text is the file to the byte, but for a byte order mark in front."""
+    if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is UTF-16, wanted UTF-8; iconv -f utf-16 -t utf-8 makes it that")
     if (nul := raw.find(b"\0")) >= 0:
         raise UserError(f"{path} is binary: it holds a NUL at byte {offset + nul}; wanted UTF-8 text")
     mark = len(codecs.BOM_UTF8) if offset == 0 and raw.startswith(codecs.BOM_UTF8) else 0

@@ -64,6 +64,8 @@ def look_into(path: Path, field: str | None, *, as_text: bool = False, alone: bo
             kind = "jsonl"
         elif suffix == ".json" and alone and head.lstrip()[:1] in ("[", "{"):
             kind = "array" if head.lstrip().startswith("[") else "jsonl"
+            if kind == "jsonl" and "\n" in head.strip() and not first_names(path, kind):
+                raise UserError(f"{path} is one JSON object; wanted records, one a line or an array of them")
         elif suffix == ".json" or not as_text:
             kind = _kind_of_records(path, head, field) or "text"
         return SourceFile(path, kind, found_separator(head) if kind == "text" else "", has_mark, packed)
@@ -135,9 +137,9 @@ def one_kind(root: Path, files: list[SourceFile]) -> None:
     counts = Counter(kinds.values())
     if len(counts) > 1:
         first = {kind: next(path for path in kinds if kinds[path] == kind) for kind in counts}
-        held = ", ".join(f"{count} of {kind} ({first[kind].name})" for kind, count in counts.most_common())
+        held = ", ".join(f"{count} of {kind} (such as {first[kind].name})" for kind, count in counts.most_common())
         suffix = first[counts.most_common(1)[0][0]].suffix
         raise UserError(
-            f"--data {root}: a folder is read as one kind, and this one has files {held}; "
+            f"--data {root}: a folder is read as one kind, and the files of this one are {held}; "
             f"say which to read, for instance --data-files '*{suffix}'"
         )

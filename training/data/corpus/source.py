@@ -165,11 +165,11 @@ def _parts_of(
         if separator or way == "lines":
             extras.append(f"cut at {separator or 'lines'}")
         pattern = pattern_of(way, separator)
-        cut = (
-            f"cut at {separator!r}"
-            if separator
-            else {"blank-lines": "cut at blank lines", "lines": "a line a document"}.get(way, "a file a document")
-        )
+        cut = {"blank-lines": "cut at blank lines", "lines": "a line a document"}.get(way, "a file a document")
+        if separator:
+            cut = f"cut at {separator!r}"
+        elif left := next((file.separator for file in files if file.separator), ""):
+            cut += f", {left!r} left in it as --split-text {split_text} says"
         read = {"text": partial(text_parts, pattern=pattern)}
     else:
         cut = f"a record a document, its {' or '.join(map(repr, fields_of(field)))}"
