@@ -37,9 +37,8 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     Raises UserError for what is wrong with the data, the device or the checkpoint, and SystemExit with status 1 where
     training broke down: `max_skipped_steps` steps in a row were not finite. The state before them is saved.
     """
-    import kernels
-    from model import Llama, flops
-    from training import pretrained, void_options
+    from model import flops
+    from training import void_options
     from training.checkpoint import state
     from training.checkpoint.saves import Saves
     from training.data.batches import Batches, prefetch
@@ -63,7 +62,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     from training.step.explain import Skips
     from training.step.recheck import Rechecked, StepDiffersError
     from training.step.schedule import learning_rate
-    from training.step.trainer import Trainer
+    from training.step.start import new_trainer
 
     # ---- where it runs: processes, device, dtype, and the kernels that can run there
     set_determinism(config.deterministic)
@@ -72,7 +71,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     remarks = void_options.remarks(config)
     running, kernels_note = resolve_kernels(config, device)
     require_compiler(running, device)
-    require_memory(config, device)
+    require_memory(config, device, shares=launcher.shares(config.parallel, world.size))
     if kernels_note and world.is_main:
         print(f"train.py: {kernels_note}", file=sys.stderr)
 
@@ -89,12 +88,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
 
     # ---- the model: from scratch, from weights, or from the last checkpoint
     seed_run(config.seed)
-    with device:
-        ops = kernels.select(running.kernel_spec, config.n_layers)
-        model = Llama(config.shape(), ops, dtype, recompute=config.activation_checkpointing)
-    if config.weights:
-        pretrained.find(config.weights, config.which).load_into(model)
-    trainer = Trainer(model, running, world)
+    trainer = new_trainer(running, world, device, dtype)
     evaluation = Evaluation(config, trainer, dataset, world)
     if world.goes_on and run_folder.step_folders(Path(config.out_dir)):
         config = replace(config, init_from="resume", which="last")
@@ -108,6 +102,8 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     metrics = profiler = None
     if world.is_main:
         notes = [*describe(dataset), f"weights from {config.weights}" if config.weights else resume_note, *remarks]
+        if config.parallel != "ddp" and world.size == 1:
+            notes.append(f"--parallel {config.parallel}: the one process has the whole model")
         if running.fused and config.capture and world.size > 1:
             notes.append(f"--fused: with {world.size} processes a step is not captured as a CUDA graph")
         metrics = Metrics.of_run(config, progress.step)

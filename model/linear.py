@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels import Ops
 from kernels.launch import NAMESPACE, check_first_derivative
 
 
@@ -48,11 +49,41 @@ class Weight(nn.Module):
         return state
 
 
+class Head(Weight):
+    """The output head of its own, where it is not tied to the embedding."""
+
+    def forward(self, ops: Ops, hidden: Tensor, *loss) -> Tensor:
+        """As `read_out`."""
+        return read_out(self, ops, hidden, *loss)
+
+
+def read_out(
+    matrix: Weight,
+    ops: Ops,
+    hidden: Tensor,
+    targets: Tensor | None = None,
+    reduction: str = "mean",
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Logits (B, T, V) float32 of hidden (B, T, dim), or their loss where targets are given: as in `Llama.forward`."""
+    if targets is None:
+        return linear(hidden, matrix.weight, matrix.compute_weight).float()
+    return ops.linear_cross_entropy(
+        hidden.flatten(0, 1),
+        matrix.weight,
+        targets.flatten(),
+        reduction=reduction,
+        compute_weight=matrix.compute_weight,
+        gradient_sum=None if scale is None else matrix.gradient_sum,
+        scale=scale,
+    )
+
+
 class Linear(Weight):
     """A map (..., in) -> (..., out) without a bias. In half precision a trainer's pass adds its gradient to `gradient_sum`."""
 
-    def __init__(self, in_features: int, out_features: int, compute_dtype: torch.dtype):
-        super().__init__(out_features, in_features, compute_dtype)
+    def __init__(self, in_features: int, out_features: int, copy_dtype: torch.dtype):
+        super().__init__(out_features, in_features, copy_dtype)
 
     def forward(self, x: Tensor, to_sum: bool = False) -> Tensor:
         """(..., in) of the compute dtype to (..., out). to_sum: the gradient may go to `gradient_sum`, past autograd."""
@@ -70,6 +101,11 @@ class Embedding(Weight):
 
     looked_up_gradient_sum: Tensor | None = None
 
+    def forward(self, ops: Ops, tokens: Tensor, compute_dtype: torch.dtype, to_sum: bool = False) -> Tensor:
+        """The rows of tokens (B, T) int64: (B, T, dim) of compute_dtype. to_sum: as in `Linear`."""
+        gradient_sum = self.looked_up_gradient_sum if to_sum else None
+        return ops.embedding(tokens, self.weight, compute_dtype, self.compute_weight, gradient_sum)
+
     def bind(self, copy: Tensor | None, gradient_sum: Tensor) -> None:
         """As `Weight.bind`."""
         super().bind(copy, gradient_sum)
@@ -82,9 +118,14 @@ class Embedding(Weight):
 
 
 def linear(x: Tensor, weight: Tensor, compute_weight: Tensor | None, gradient_sum: Tensor | None = None) -> Tensor:
-    """`x @ weight.T`, computed with `compute_weight` where there is one; its gradient is then added to `gradient_sum`, if given."""
+    """`x @ weight.T` in the dtype of x; in half precision the gradient of weight is float32, or added to `gradient_sum`, if given.
+
+    compute_weight: weight in the dtype of x, where there is a copy. weight itself may be in half precision, as FSDP gathers it.
+    """
     if compute_weight is None:
-        return torch.nn.functional.linear(x, weight)
+        if x.dtype == weight.dtype == torch.float32:
+            return torch.nn.functional.linear(x, weight)
+        compute_weight = weight.detach().to(x.dtype)
     return _MixedLinear.apply(x, weight, compute_weight, gradient_sum)
 
 

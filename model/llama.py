@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kernels import TRITON, Ops
 from model.config import RECOMPUTE, LlamaConfig
-from model.linear import Embedding, Linear, Weight, linear
+from model.linear import Embedding, Head, Linear, Weight, read_out
 from model.recompute import again
 from model.rope import rope_tables
 
@@ -32,17 +32,17 @@ NormGradientRows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 class Layer(nn.Module):
     """One layer: the norm that opens it, attention, the second norm, the feed-forward. recompute: as in `Llama`."""
 
-    def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype, recompute: str = "none"):
+    def __init__(self, config: LlamaConfig, copy_dtype: torch.dtype, recompute: str = "none"):
         super().__init__()
         self.recompute = recompute
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.norm_eps, self.dropout = config.norm_eps, config.dropout
         self.attention_norm = nn.Parameter(torch.ones(config.dim))
-        self.wqkv = Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, compute_dtype)
-        self.wo = Linear(config.dim, config.dim, compute_dtype)
+        self.wqkv = Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, copy_dtype)
+        self.wo = Linear(config.dim, config.dim, copy_dtype)
         self.ffn_norm = nn.Parameter(torch.ones(config.dim))
-        self.w_gate_up = Linear(config.dim, 2 * config.hidden_dim, compute_dtype)
-        self.w_down = Linear(config.hidden_dim, config.dim, compute_dtype)
+        self.w_gate_up = Linear(config.dim, 2 * config.hidden_dim, copy_dtype)
+        self.w_down = Linear(config.hidden_dim, config.dim, copy_dtype)
         self.norm_gradient_rows: NormGradientRows = ((), ())
 
     def __getstate__(self) -> dict:
@@ -107,6 +107,7 @@ class Llama(nn.Module):
 
     config: its shape. ops: `n_layers + 1` of them, from `kernels.select`; the last is for the embedding, the final norm and the
     loss head. recompute: none, selective or full: what a layer computes again in the backward pass (model/recompute.py).
+    copies: whether weights have copies in the compute dtype; without them they are read as they are, in whatever dtype.
     After anything but the forward pass has written parameters (an optimizer, a checkpoint), call `refresh_compute_weights`.
     """
 
@@ -117,6 +118,7 @@ class Llama(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         *,
         recompute: str = "none",
+        copies: bool = True,
     ):
         super().__init__()
         config.check()
@@ -133,11 +135,12 @@ class Llama(nn.Module):
         self.config = config
         self.ops = tuple(ops)
         self.compute_dtype = compute_dtype
+        copy_dtype = compute_dtype if copies else torch.float32
         # The embedding is read row by row: it has a copy only where it is the head as well.
-        copy_dtype = compute_dtype if config.tie_embeddings else torch.float32
-        self.embedding = Embedding(config.vocab_size, config.dim, copy_dtype)
-        self.head = None if config.tie_embeddings else Weight(config.vocab_size, config.dim, compute_dtype)
-        self.layers = nn.ModuleList(Layer(config, compute_dtype, recompute) for _ in range(config.n_layers))
+        looked_up = copy_dtype if config.tie_embeddings else torch.float32
+        self.embedding = Embedding(config.vocab_size, config.dim, looked_up)
+        self.head = None if config.tie_embeddings else Head(config.vocab_size, config.dim, copy_dtype)
+        self.layers = nn.ModuleList(Layer(config, copy_dtype, recompute) for _ in range(config.n_layers))
         self.final_norm = nn.Parameter(torch.ones(config.dim))
         self.final_norm_gradient_rows: tuple[Tensor, ...] = ()
         cos, sin = rope_tables(config)
@@ -226,23 +229,14 @@ class Llama(nn.Module):
             it the pass is a trainer's, and gradients may go to the sums that a trainer has bound. Without it autograd gets all.
         Returns a 0-d float32 loss in nats, or logits (B, T, V) float32.
         """
-        to_sum = scale is not None
-        hidden, head = self.hidden(tokens, first_key, to_sum), self.output
-        if targets is None:
-            return linear(hidden, head.weight, head.compute_weight).float()
-        if targets.shape != tokens.shape:
+        hidden = self.hidden(tokens, first_key, scale is not None)
+        if targets is not None and targets.shape != tokens.shape:
             raise ValueError(
                 f"Llama: targets has shape {tuple(targets.shape)}, tokens has {tuple(tokens.shape)}; they must be equal"
             )
-        return self.ops[-1].linear_cross_entropy(
-            hidden.flatten(0, 1),
-            head.weight,
-            targets.flatten(),
-            reduction=reduction,
-            compute_weight=head.compute_weight,
-            gradient_sum=head.gradient_sum if to_sum else None,
-            scale=scale,
-        )
+        if self.head is None:
+            return read_out(self.embedding, self.ops[-1], hidden, targets, reduction, scale)
+        return self.head(self.ops[-1], hidden, targets, reduction, scale)
 
     def hidden(self, tokens: Tensor, first_key: Tensor | None = None, to_sum: bool = False) -> Tensor:
         """The final norm's output (B, T, dim), which the output head reads. to_sum: as in `Linear`."""
@@ -252,11 +246,7 @@ class Llama(nn.Module):
                 f"Llama: tokens has shape {tuple(tokens.shape)}, wanted (B, T) with T at most {config.max_seq_len}"
             )
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
-        embedding = self.embedding
-        gradient_sum = embedding.looked_up_gradient_sum if to_sum else None
-        residual = ops[-1].embedding(
-            tokens, embedding.weight, self.compute_dtype, embedding.compute_weight, gradient_sum
-        )
+        residual = self.embedding(ops[-1], tokens, self.compute_dtype, to_sum)
         if config.dropout:
             residual = F.dropout(residual, config.dropout, self.training)
         branch = None

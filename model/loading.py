@@ -1,6 +1,6 @@
 """Weights of any format into a model, tensor by tensor: the memory of one copy and of the largest tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -21,19 +21,23 @@ class Tensors(Protocol):
 
 
 @torch.no_grad()
-def load(model: Llama, tensors: Tensors) -> None:
+def load(model: Llama, tensors: Tensors, here: Callable[[Tensor], tuple[Tensor, int]] = lambda p: (p, 0)) -> None:
     """Copy canonical tensors into a model's parameters, whatever the dtype of the ones and the device of the others.
 
+    here: what this process has of a parameter, and which row of it is the first of these; if not given, all.
     ValueError, before anything is copied, that names what is missing, of another shape, or does not belong.
     """
     config = model.config
     shapes = huggingface.shapes(config)
     check(tensors, shapes)
     for ours, theirs in huggingface.names(config).items():
-        parameter, row = model.get_parameter(ours), 0
+        part, first = here(model.get_parameter(ours))
+        row = 0
         for name in theirs:
             rows = shapes[name][0]
-            parameter[row : row + rows].copy_(tensors[name])
+            start, stop = max(first, row), min(first + len(part), row + rows)
+            if start < stop:
+                part[start - first : stop - first].copy_(tensors[name][start - row : stop - row])
             row += rows
     model.refresh_compute_weights()
 

@@ -154,6 +154,8 @@ class TrainConfig(LlamaConfig):
     """The whole fast path: every Triton kernel, and each step one CUDA graph. Where no kernel can run, plain PyTorch does."""
     kernels: str = ""
     """Triton kernels by op and layer, e.g. all,-rope@0-1 or swiglu,adamw; empty: plain PyTorch. Wins over --fused."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """What each of many processes keeps: the whole model, a share of it (FSDP), or a share that every machine has once more."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Compute again in the backward pass what needs much memory: nothing, SwiGLU and the product before it, or whole layers."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -255,6 +257,16 @@ class TrainConfig(LlamaConfig):
             raise UserError(
                 f"--dim {self.dim} over --n-heads {self.n_heads} makes heads of {self.head_dim}; the attention kernel takes "
                 "multiples of 4 from 16 to 256. Choose others, or leave it out: end --kernels with -attention"
+            )
+        if self.parallel != "ddp" and "adamw" in _on(self.kernels or "none", self.n_layers):
+            raise UserError(
+                f"--kernels {self.kernels} asks for AdamW's kernel, and --parallel {self.parallel} updates shares of matrices, "
+                "which torch's AdamW does; end --kernels with -adamw"
+            )
+        if self.parallel != "ddp" and self.optimizer != "adamw":
+            raise UserError(
+                f"--optimizer is {self.optimizer}, which needs matrices whole, and --parallel {self.parallel} shares them out; "
+                "allowed: adamw, or --parallel ddp"
             )
         reason = why_no_kernels(self, gpu_visible())
         if reason and self.insists_on_kernels():

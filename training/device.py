@@ -43,7 +43,10 @@ def resolve_kernels(config: TrainConfig, device: torch.device) -> tuple[TrainCon
     """
     reason = why_no_kernels(config, has_gpu=device.type == "cuda")
     if not (reason and config.uses_triton()):
-        return config, ""
+        if config.parallel == "ddp" or "adamw" not in config.switches():
+            return config, ""
+        without = replace(config, kernels=f"{config.kernels},-adamw".removeprefix(","))
+        return without, f"--fused: with --parallel {config.parallel} torch's AdamW updates each process's share"
     note = f"--fused: {reason}, so plain PyTorch trains in place of the Triton kernels; {other_way(reason)}"
     return replace(config, fused=False, kernels="none"), note
 

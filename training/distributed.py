@@ -88,15 +88,17 @@ class World:
         self._finish(dist.all_reduce(sums, group=self._links.control, async_op=True), patiently)
         return sums.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values that the processes give, anything that can be pickled, by rank."""
+    def gather(self, value: Any, *, patiently: bool = False) -> list[Any]:
+        """The values that the processes give, anything that can be pickled, by rank. patiently: as in `totals`."""
         if self.size == 1:
             return [value]
         import torch
         import torch.distributed as dist
 
         pickled = pickle.dumps(value)
-        sizes = self.totals(*(len(pickled) if rank == self.rank else 0 for rank in range(self.size)))
+        sizes = self.totals(
+            *(len(pickled) if rank == self.rank else 0 for rank in range(self.size)), patiently=patiently
+        )
         mine = torch.frombuffer(bytearray(pickled.ljust(max(sizes))), dtype=torch.uint8)
         all_of_them = [torch.empty_like(mine) for _ in sizes]
         self._finish(dist.all_gather(all_of_them, mine, group=self._links.control, async_op=True))

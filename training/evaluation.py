@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from model import generation
+from model import Llama, generation
 from model.sampling import Sampling
 from training.config import TrainConfig
 from training.data.batches import Batch, Batches, prefetch
@@ -45,10 +45,13 @@ class Evaluation:
         """
         self._world.at = f"the evaluation before step {progress.step}"
         train_loss, val_loss, bits_per_byte = self.losses(stop)
+        sample = None
+        if self._config.sample_tokens:
+            with self._trainer.whole_model() as model:
+                if metrics:
+                    with contextlib.suppress(Stopped), stop.interrupting():
+                        sample = self.sample(model)
         if metrics:
-            sample = None
-            with contextlib.suppress(Stopped), stop.interrupting():
-                sample = self.sample()
             metrics.evaluation(progress.step, train_loss, val_loss, bits_per_byte, sample)
         better = val_loss < progress.best_val_loss
         if better:
@@ -82,13 +85,10 @@ class Evaluation:
 
         return self._trainer.evaluate(heeding())
 
-    def sample(self) -> str | None:
-        """Text that the model writes after --sample-prompt, the prompt included; None where none is asked for."""
+    def sample(self, model: Llama) -> str:
+        """Text that the model writes after --sample-prompt, the prompt included."""
         config, tokenizer = self._config, self._dataset.tokenizer
-        if not config.sample_tokens:
-            return None
         prompt = self._prompt[: config.max_seq_len - 1]
-        model = self._trainer.model
         sampling = Sampling(temperature=0.8)
         (new,) = generation.generate(model, [prompt], config.sample_tokens, sampling, seed=config.seed)
         return tokenizer.decode(prompt[1:] + new)

@@ -44,6 +44,16 @@ def speaks() -> bool:
         return True
 
 
+def on_this_machine(size: int) -> int:
+    """How many of so many processes run on this machine, as torchrun says; without it all."""
+    return _number("LOCAL_WORLD_SIZE", "", 1, size) if "LOCAL_WORLD_SIZE" in os.environ else size
+
+
+def shares(parallel: str, size: int) -> int:
+    """Into how many shares --parallel cuts the model for so many processes."""
+    return {"ddp": 1, "fsdp": size, "hsdp": on_this_machine(size)}[parallel]
+
+
 def by_torchrun() -> bool:
     """Whether torchrun started this process. It hands on every signal that it gets, which may come here a second time."""
     return "TORCHELASTIC_RUN_ID" in os.environ

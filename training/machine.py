@@ -15,20 +15,27 @@ from training.config import TrainConfig
 from training.errors import UserError
 
 
-def require_memory(config: TrainConfig, device, processes: int = 1) -> None:
+def require_memory(config: TrainConfig, device, processes: int = 1, shares: int = 1) -> None:
     """UserError unless the device could hold what a step keeps of each parameter, were it empty and were that all.
 
-    processes: how many share the memory, each with all of it.
+    processes: how many share the memory, each with all of it or, with --parallel fsdp and hsdp, one of so many shares.
     """
     parameters = flops.parameters(config)
     # Parameter, gradient and moments in float32. AdamW has two moments, Muon one of most matrices.
     per_parameter = 4 + 4 + (8 if config.optimizer == "adamw" else 4)
-    needed, there = parameters * per_parameter * processes, memory_bytes(device)
+    needed, there = parameters * per_parameter * processes // shares, memory_bytes(device)
     if there and needed > there:
         raise UserError(
             f"--preset {config.preset} has {parameters:,} parameters, which with gradients and the optimizer's moments take "
             f"{needed / 2**30:,.1f} GiB{f' in {processes} processes' if processes > 1 else ''}, and {device} has "
             f"{there / 2**30:,.1f}; choose a smaller --preset, or lower --n-layers, --dim or --vocab-size"
+        )
+    # What a sample reads is whole on every process.
+    whole = parameters * (4 if config.dtype == "float32" else 2)
+    if shares > 1 and config.sample_tokens and there and needed + whole * processes > there:
+        raise UserError(
+            f"--sample-tokens is {config.sample_tokens}, and a sample needs the whole model on each process, {whole / 2**30:,.1f} "
+            f"GiB beside its share, which {device} has no room for; say --sample-tokens 0, and generate from a checkpoint"
         )
 
 

@@ -121,12 +121,12 @@ class Pretrained:
         except OSError as error:
             raise UserError(f"{error.filename or self.path} cannot be read: {error.strerror or error}") from None
 
-    def load_into(self, model: Llama) -> None:
-        """Copy the weights into a model, tensor by tensor. UserError for tensors that do not fit, all of them named."""
+    def load_into(self, model: Llama, *here) -> None:
+        """Copy the weights into a model, tensor by tensor; here: as in `loading.load`. UserError for those that do not fit."""
         from model import loading
 
         try:
-            loading.load(model, self.tensors())
+            loading.load(model, self.tensors(), *here)
         except UserError:
             raise
         except ValueError as error:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import training.checkpoint.files as checkpoint
 from tests.support.run_testing import ROOT, TINY, arguments, finish, pointers, records, start, state
 from training import evaluation
+from training.checkpoint import parts
 
 NO_SPACE = "No space left on device"
 
@@ -21,14 +22,14 @@ def full_disk(*_, **__):
 
 
 def refuse_saves(monkeypatch, *, but: set[int]) -> None:
-    """Let only these saves of a run, counted from 1, find room for the first of their groups of tensors."""
-    write, saves = checkpoint._write_tensors, [0]
+    """Let only these saves of a run, counted from 1, find room for their tensors."""
+    write, saves = parts.write_file, [0]
 
-    def write_if_there_is_room(folder, group, *rest):
-        saves[0] += group == "model"
-        return write(folder, group, *rest) if saves[0] in but else full_disk()
+    def write_if_there_is_room(path, tensors):
+        saves[0] += path.name == "rng.safetensors"  # the first
+        return write(path, tensors) if saves[0] in but else full_disk()
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", write_if_there_is_room)
+    monkeypatch.setattr(parts, "write_file", write_if_there_is_room)
 
 
 def saved(out_dir):

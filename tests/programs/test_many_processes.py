@@ -111,10 +111,10 @@ Trainer.step = refuse
 """
 
 FULL_DISK = """
-import training.checkpoint.files as files
+import training.checkpoint.parts as parts
 def refuse(*a):
     raise OSError(28, "No space left on device")
-files._write_tensors = refuse
+parts.write_file = refuse
 """
 
 
@@ -217,12 +217,12 @@ Trainer.evaluate = slow
 """
 
 SAVE = """
-import training.checkpoint.files as files
-write = files._write_tensors
+import training.checkpoint.parts as parts
+write = parts.write_file
 def slow(*a):
     hold(0.7)
     write(*a)
-files._write_tensors = slow
+parts.write_file = slow
 """
 
 

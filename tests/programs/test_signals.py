@@ -119,12 +119,12 @@ def test_a_signal_while_torch_compiles_ends_the_run_at_once(tmp_path, text):
 
 
 SAVE = """
-import training.checkpoint.files as files
-write = files._write_tensors
+import training.checkpoint.parts as parts
+write = parts.write_file
 def held(*a):
     hold(0.7)
     write(*a)
-files._write_tensors = held
+parts.write_file = held
 """
 
 

@@ -47,7 +47,7 @@ def test_nothing_moves_between_steps_not_for_an_evaluation_or_a_checkpoint_eithe
     model = trainer.model
     saved = optimizer.moments(model, trainer.optimizer)
     saved = {moment: {key: x.clone() for key, x in named.items()} for moment, named in saved.items()}
-    optimizer.restore(model, trainer.optimizer, saved, 2)
+    optimizer.restore(model, trainer.optimizer, lambda moment, name: saved[moment][name], 2)
     trainer.loss_scale.load_state_dict(trainer.loss_scale.state_dict())
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
     model.refresh_compute_weights()

@@ -11,6 +11,7 @@ import resource
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 
 from training.checkpoint import files as checkpoint
@@ -263,7 +264,7 @@ def fail_at(monkeypatch, call, error):
 
     for module, name in [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir")]:
         monkeypatch.setattr(module, name, guarded(getattr(module, name)))
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", guarded(checkpoint.safetensors.torch.save_file))
+    monkeypatch.setattr(safetensors.torch, "save_file", guarded(safetensors.torch.save_file))
     monkeypatch.setattr(checkpoint.Path, "write_bytes", guarded(checkpoint.Path.write_bytes))
     return made
 

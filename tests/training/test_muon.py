@@ -126,7 +126,9 @@ def test_its_state_is_put_back_to_the_bit(first, second):
         new.flat.values.copy_(old.flat.values)
     model = old.flat.model
     saved = optimizer_module.moments(model, old)
-    optimizer_module.restore(new.flat.model, new, saved, optimizer_module.updates(model, old))
+    optimizer_module.restore(
+        new.flat.model, new, lambda moment, name: saved[moment][name], optimizer_module.updates(model, old)
+    )
     kt.assert_same_bits(everything(new), everything(old))
     update(new, 3)
     update(old, 3)

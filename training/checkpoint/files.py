@@ -25,15 +25,16 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.huggingface.folder import write_file
+from training.checkpoint import parts
+from training.distributed import World
 from training.errors import UserError
 from training.run_folder import STEP_FOLDER, find, others_than, pointed_at, step_folders
 
@@ -57,25 +58,26 @@ class Checkpoint:
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors saved under `group`, on the CPU, by name. UserError where the checkpoint has no such group."""
+        reader = self.reader(group)
+        return {name: reader.tensor(name) for name in reader.files}
+
+    def reader(self, group: str) -> parts.Reader:
+        """The same tensors, of which nothing is read yet."""
+        return parts.Reader(self._paths(group), f"checkpoint {self.path}")
+
+    def _paths(self, group: str) -> list[Path]:
         part = re.compile(re.escape(group) + r"(-\d{5}-of-\d{5})?\.safetensors")
         names = sorted(name for name in self.files if part.fullmatch(name))
         if not names:
             raise UserError(f"checkpoint {self.path} has no {group}.safetensors; it holds {', '.join(self.files)}")
-        tensors = {}
-        for name in names:
-            try:
-                tensors |= safetensors.torch.load_file(self.path / name)
-            # What the library says of a header that was made up; the hash that goes with it may have been, too.
-            except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-                raise UserError(f"checkpoint {self.path}: {name} is no safetensors file: {error}") from error
-        return tensors
+        return [self.path / name for name in names]
 
 
 def save(
     out_dir: str | Path,
     step: int,
     *,
-    tensors: dict[str, dict[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor | parts.Shared]],
     state: dict,
     config_toml: str,
     tokenizer: bytes,
@@ -83,73 +85,115 @@ def save(
     best: bool,
     keep: int,
     max_file_bytes: int = 4 * 2**30,
+    world: World | None = None,
 ) -> Path:
     """Write checkpoint `step`, point `last` at it (and `best`, where told), and drop the old ones. Returns its folder.
 
     tensors: by group, then by name; any dtype, device and strides. Tensors that share memory are written one by one.
     state: anything JSON can hold. keep: how many of the newest checkpoints stay; those that `last` and `best` name stay
     in any case. max_file_bytes: a group that is larger is split into files of at most this size (one tensor is never
-    split). A checkpoint of the same step is replaced.
+    split). A checkpoint of the same step is replaced. world: the processes, each of which calls this and writes its share of the
+    files (parts.py); the first file, of the first group, and all that is no tensor are the main process's.
 
-    One process may save into a folder at a time. Raises UserError where the system refuses (a full disk, a folder that
-    cannot be written); the earlier checkpoints and the pointers are then as they were.
+    One run may save into a folder at a time. Raises UserError, in every process, where the system refuses one of them (a full
+    disk, a folder that cannot be written); the earlier checkpoints and the pointers are then as they were.
     """
-    out_dir = Path(out_dir)
+    out_dir, world = Path(out_dir), world or World()
     folder = out_dir / f"step-{step:08d}"
     temporary = out_dir / f".tmp-{folder.name}"
+
+    def agree(refusal: str, entries: dict | None = None) -> dict:
+        """The entries of all processes. UserError in each where one was refused."""
+        found = world.gather((refusal, entries or {}), patiently=True)
+        for rank, (reason, _) in enumerate(found):
+            if reason:
+                who = f", by rank {rank} of {world.size}, which must see that folder as the others do" if rank else ""
+                raise UserError(
+                    f"--out-dir {out_dir}: the checkpoint of step {step} could not be saved{who}: {reason}; "
+                    f"earlier checkpoints there are untouched"
+                )
+        return {name: entry for _, of_one in found for name, entry in of_one.items()}
+
+    files, indices = [], {}
+    for group, named in tensors.items():
+        of_group, index = parts.files_of(group, named, max_file_bytes)
+        files += of_group
+        if index:
+            indices[f"{group}.safetensors.index.json"] = index
+    others = indices | {
+        "state.json": parts.as_json({"step": step, "state": state}),
+        "config.toml": config_toml.encode(),
+        tokenizer_name: tokenizer,
+    }
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        _settle(out_dir)  # before writing, for the disk space that a dead run may hold
-        temporary.mkdir()
-        for group, named in tensors.items():
-            _write_tensors(temporary, group, named, max_file_bytes)
-        (temporary / "state.json").write_bytes(_json({"step": step, "state": state}))
-        (temporary / "config.toml").write_bytes(config_toml.encode())
-        (temporary / tokenizer_name).write_bytes(tokenizer)
-        files = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_bytes(_json({"format_version": FORMAT_VERSION, "files": files}))
-        _seal(temporary / MANIFEST)
-        _sync_folder(temporary)
-        if folder.exists():
-            folder.rename(out_dir / f".old-{folder.name}")
-        temporary.rename(folder)
-        _sync_folder(out_dir)
-        for pointer in ("best", "last") if best else ("last",):
-            draft = out_dir / f".tmp-{pointer}"
-            draft.write_bytes(f"{folder.name}\n".encode())
-            _seal(draft)
-            draft.replace(out_dir / pointer)
-        _sync_folder(out_dir)
-        _prune(out_dir, keep)
-    except OSError as error:
-        raise UserError(
-            f"--out-dir {out_dir}: the checkpoint of step {step} could not be saved: {error.strerror or error}; "
-            f"earlier checkpoints there are untouched"
-        ) from error
+        agree(_refused(lambda: _make_folder(out_dir, temporary)) if world.is_main else "")
+        entries = agree(*reversed(parts.write(temporary, files, world)))
+        agree(_refused(lambda: _finish(out_dir, temporary, others, entries, best, keep)) if world.is_main else "")
     finally:
-        _settle(out_dir)
+        if world.is_main:
+            _settle(out_dir)
     return folder
 
 
-def load(path: str | Path, which: str = "last") -> Checkpoint:
+def _refused(work: Callable[[], None]) -> str:
+    """Do it. Returns why the system refused, or nothing."""
+    try:
+        work()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _make_folder(out_dir: Path, temporary: Path) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _settle(out_dir)  # before writing, for the disk space that a dead run may hold
+    temporary.mkdir()
+
+
+def _finish(out_dir: Path, temporary: Path, others: dict[str, bytes], entries: dict, best: bool, keep: int) -> None:
+    """Write what is no tensor, and put the folder, whose tensors are written, in its place."""
+    folder = out_dir / temporary.name.removeprefix(".tmp-")
+    for name, content in others.items():
+        (temporary / name).write_bytes(content)
+        entries[name] = parts.seal(temporary / name)
+    (temporary / MANIFEST).write_bytes(
+        parts.as_json({"format_version": FORMAT_VERSION, "files": dict(sorted(entries.items()))})
+    )
+    parts.seal(temporary / MANIFEST)
+    _sync_folder(temporary)
+    if folder.exists():
+        folder.rename(out_dir / f".old-{folder.name}")
+    temporary.rename(folder)
+    _sync_folder(out_dir)
+    for pointer in ("best", "last") if best else ("last",):
+        draft = out_dir / f".tmp-{pointer}"
+        draft.write_bytes(f"{folder.name}\n".encode())
+        parts.seal(draft)
+        draft.replace(out_dir / pointer)
+    _sync_folder(out_dir)
+    _prune(out_dir, keep)
+
+
+def load(path: str | Path, which: str = "last", world: World | None = None) -> Checkpoint:
     """Open the checkpoint folder `path`, or the one that `find(path, which)` names, and verify every file of it.
 
     Raises UserError where there is none, a file is missing or its bytes are not those that were saved, or the format is
-    of another version; in a run's folder with the other checkpoints that there are.
+    of another version; in a run's folder with the other checkpoints that there are. world: the processes, each of which calls
+    this and verifies its share of the files: what one of them finds is raised in all.
     """
     path = Path(path)
     if (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name):
-        return _read(path)
+        return _read(path, world)
     path = find(path, which)
     try:
-        return _read(path)
+        return _read(path, world)
     except UserError as error:
         raise UserError(f"{error}{others_than(path)}") from error
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, world: World | None) -> Checkpoint:
     try:
-        files = _verified_files(path)
+        files = _verified_files(path, world or World())
         state = _state(path)
         tokenizer_name = next(name for name in TOKENIZERS if name in files)
         return Checkpoint(
@@ -217,41 +261,27 @@ def set_rng_state(state: dict, tensors: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(tensors[f"torch.cuda.{i}"], i)
 
 
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+def _verified_files(path: Path, world: World) -> tuple[str, ...]:
+    """Names of the files in the manifest, all of which are as it says. Each process reads some of them."""
+    refusals = []
+    expected: dict[str, tuple] = {}
+    try:
+        expected = _expected_files(path)
+        for name in list(expected)[world.rank :: world.size]:
+            _verify(path, name, *expected[name])
+    except OSError as error:
+        name = Path(error.filename or path).name
+        refusals.append(f"checkpoint {path}: {name} cannot be read: {error.strerror or error}")
+    except UserError as error:
+        refusals.append(str(error))
+    for found in world.gather(refusals, patiently=True):
+        for refusal in found:
+            raise UserError(refusal)
+    return tuple(expected)
 
 
-def _seal(path: Path) -> dict[str, int | str]:
-    """Flush a file to the disk; returns its entry in the manifest."""
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_tensors(folder: Path, group: str, named: dict[str, Tensor], max_file_bytes: int) -> None:
-    parts, size = [[]], 0
-    for name, tensor in named.items():
-        if parts[-1] and size + tensor.nbytes > max_file_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(name)
-        size += tensor.nbytes
-
-    weight_map = {}
-    for i, names in enumerate(parts, start=1):
-        suffix = f"-{i:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-        file_name = f"{group}{suffix}.safetensors"
-        # The copy gives each tensor memory of its own, which the format asks for, and is made for one file at a time.
-        copies = {name: named[name].detach().contiguous().to("cpu", copy=True) for name in names}
-        write_file(folder / file_name, copies)
-        weight_map |= dict.fromkeys(names, file_name)
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in named.values())}, "weight_map": weight_map}
-        (folder / f"{group}.safetensors.index.json").write_bytes(_json(index))
-
-
-def _verified_files(path: Path) -> tuple[str, ...]:
-    """Names of the files in the manifest, all of which are as it says."""
+def _expected_files(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of the files by name, as the manifest has them."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version = manifest["format_version"]
@@ -266,14 +296,16 @@ def _verified_files(path: Path) -> tuple[str, ...]:
     for name in {*expected, "state.json", "config.toml", tokenizer}:
         if name not in expected or Path(name).name != name or not name.isprintable():
             raise UserError(f"checkpoint {path}: {MANIFEST} is damaged at {name!r}")
-    for name, (size, sha256) in expected.items():
-        with open(path / name, "rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise UserError(f"checkpoint {path}: {name} is damaged: it has {found} bytes and had {size} when saved")
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise UserError(f"checkpoint {path}: {name} is damaged: its SHA-256 is not the one in {MANIFEST}")
-    return tuple(expected)
+    return expected
+
+
+def _verify(path: Path, name: str, size: int, sha256: str) -> None:
+    with open(path / name, "rb") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise UserError(f"checkpoint {path}: {name} is damaged: it has {found} bytes and had {size} when saved")
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise UserError(f"checkpoint {path}: {name} is damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
 def _prune(out_dir: Path, keep: int) -> None:

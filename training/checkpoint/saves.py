@@ -16,7 +16,7 @@ class Saves:
 
     A save that fails, on a full disk for one, leaves the earlier ones and does not end the run: it is said, and tried again
     at the next evaluation. One that is begun is finished, whatever signals come. metrics: None in all processes but the main
-    one, which writes.
+    one, which reports.
     """
 
     def __init__(
@@ -43,27 +43,25 @@ class Saves:
         refusal = self._save(best=better)
         if self._failed:
             self._progress.best_val_loss = self._best_saved  # what is not saved is not what a later one has to beat
-        if refusal:
+        if refusal and self._metrics:
             self._metrics.warn(f"{refusal}; the run goes on, and tries again")
 
     def at_the_end(self) -> None:
-        """Save the last step where that is not done. UserError where it fails: in the main process, the others just return."""
+        """Save the last step where that is not done. UserError, in every process, where it fails."""
         if self._progress.step != self._progress.saved_step and (refusal := self._save(best=False)):
             raise refusal
 
     def _save(self, best: bool) -> UserError | None:
         refusal = None
         with self._stop.finishing():
-            if self._metrics:
-                try:
-                    folder = state.save(self._config, self._trainer, self._dataset, self._progress, best=best)
+            self._world.at = f"the save of step {self._progress.step}"
+            try:
+                folder = state.save(self._config, self._trainer, self._dataset, self._progress, best=best)
+                if self._metrics:
                     self._metrics.note(f"saved {folder}")
-                except UserError as error:
-                    refusal = error
-            failed = self._world.totals(
-                refusal is not None, at=f"the save of step {self._progress.step}", patiently=True
-            )
-        self._failed = any(failed)
+            except UserError as error:
+                refusal = error
+        self._failed = refusal is not None
         if not self._failed:
             self._progress.saved_step, self._best_saved = self._progress.step, self._progress.best_val_loss
         return refusal

@@ -9,6 +9,7 @@ import torch
 from model import LlamaConfig, huggingface
 from model.config import option
 from training.checkpoint import files as checkpoint
+from training.checkpoint.parts import Reader
 from training.command_line import from_toml, to_toml
 from training.config import TrainConfig
 from training.data.shards import Dataset
@@ -28,9 +29,10 @@ OF_ONE_CALL = {"config", "out_dir", "init_from", "which", "eval_only", "profile"
 
 
 def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Progress, *, best: bool) -> Path:
-    """Write a checkpoint of everything that decides how the run goes on. Returns its folder."""
+    """Write a checkpoint of everything that decides how the run goes on. Returns its folder. Every process calls it."""
     model = trainer.model
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    weights = {name: trainer.savable(trainer.here(p), p) for name, p in parameters.items()}
     moments = optimizer.moments(model, trainer.optimizer)
     rng, rng_tensors = checkpoint.rng_state()
     best_val_loss = progress.best_val_loss if progress.best_val_loss < math.inf else None  # JSON has no infinity
@@ -38,13 +40,15 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
         config.out_dir,
         progress.step,
         tensors={
+            "rng": rng_tensors,  # first, and so the main process's: the others may differ in what they draw
             "model": huggingface.unpack(model.config, weights),
             "optimizer": {
-                f"{moment}.{name}": tensor
+                f"{moment}.{canonical}": tensor
                 for moment, named in moments.items()
-                for name, tensor in huggingface.unpack(model.config, named).items()
+                for canonical, tensor in huggingface.unpack(
+                    model.config, {name: trainer.savable(part, parameters[name]) for name, part in named.items()}
+                ).items()
             },
-            "rng": rng_tensors,
         },
         state={
             "best_val_loss": best_val_loss,
@@ -61,6 +65,7 @@ def save(config: TrainConfig, trainer: Trainer, dataset: Dataset, progress: Prog
         tokenizer=dataset.tokenizer.content,
         best=best,
         keep=config.keep_checkpoints,
+        world=trainer.world,
     )
 
 
@@ -69,7 +74,7 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
 
     UserError where there is none, it is damaged, of another model, tokenizer or text, or past the run's end.
     """
-    saved = checkpoint.load(config.out_dir, config.which)
+    saved = checkpoint.load(config.out_dir, config.which, trainer.world)
     former = from_toml(saved.config_toml, str(saved.path / "config.toml"))
     other_shape = _changed(config, former, SHAPE)
     if other_shape:
@@ -94,18 +99,8 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
             )
     if saved.step > config.max_iters:
         raise UserError(f"--max-iters is {config.max_iters}, and {saved.path} has {saved.step} steps behind it")
-    model = trainer.model
-    with torch.no_grad():
-        for name, tensor in huggingface.pack(model.config, saved.tensors("model")).items():
-            model.get_parameter(name).copy_(tensor)
-    model.refresh_compute_weights()
-    tensors = saved.tensors("optimizer")
-    moments = {}
-    for moment, wanted in optimizer.moments(model, trainer.optimizer).items():
-        named = {name.removeprefix(f"{moment}."): t for name, t in tensors.items() if name.startswith(f"{moment}.")}
-        moments[moment] = huggingface.pack(model.config, named, only=wanted)
+    _read_tensors(saved, trainer)
     state = saved.state
-    optimizer.restore(model, trainer.optimizer, moments, state["updates"])
     trainer.loss_scale.load_state_dict(state["loss_scale"])
     checkpoint.set_rng_state(state["rng"], saved.tensors("rng"))
     best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
@@ -116,6 +111,25 @@ def resume(config: TrainConfig, trainer: Trainer, dataset: Dataset) -> tuple[Pro
             f"; its best val loss, {best:.4f}, was measured otherwise ({measured}), and later ones are compared with it"
         )
     return Progress(saved.step, best, state["skipped"], state["skipped_in_a_row"], saved.step), note
+
+
+@torch.no_grad()
+def _read_tensors(saved: checkpoint.Checkpoint, trainer: Trainer) -> None:
+    """Put parameters and moments back: of each, the rows that this process has."""
+    model = trainer.model
+    packed = huggingface.names(model.config)
+    parameters = dict(model.named_parameters())
+
+    def read(reader: Reader, prefix: str, name: str) -> torch.Tensor:
+        return reader.rows(tuple(prefix + canonical for canonical in packed[name]), trainer.rows(parameters[name]))
+
+    weights, moments = saved.reader("model"), saved.reader("optimizer")
+    for name, p in parameters.items():
+        trainer.here(p).copy_(read(weights, "", name))
+    model.refresh_compute_weights()
+    optimizer.restore(
+        model, trainer.optimizer, lambda moment, name: read(moments, f"{moment}.", name), saved.state["updates"]
+    )
 
 
 def _changed(config: TrainConfig, former: TrainConfig, names: set[str]) -> str:

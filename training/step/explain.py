@@ -67,7 +67,10 @@ class Skips:
         with torch.random.fork_rng(devices):
             if self._config.dropout:
                 seed_step(self._config.seed, step, self._world.rank)
-            found = explain(self._trainer, micro_batches, valid)
+            found = _of_parameters(self._trainer)
+            # The passes of shares of a model are all processes' or none's.
+            if not any(self._world.gather(bool(found))):
+                found = explain(self._trainer, micro_batches, valid)
         scale.div_(halvings)
         by_rank = self._world.gather(found)
         rank = next((rank for rank, of in enumerate(by_rank) if of), 0)
@@ -80,16 +83,14 @@ class Skips:
             self._metrics.note("\n  ".join(lines))
 
 
-def explain(trainer: Trainer, micro_batches: Sequence[MicroBatch], valid_tokens: int) -> list[str]:
-    """What is not finite first in this process's part of a step, in lines for the log; none where all is finite.
-
-    Writes the gradients, and leaves everything else of the trainer as it is.
-    """
+def _of_parameters(trainer: Trainer) -> list[str]:
+    """What is not finite in the parameters that this process has, or in their copies."""
     model = trainer.model
     for name, p in model.named_parameters():
-        if _bad(p):
+        here = trainer.here(p)
+        if _bad(here):
             return [
-                f"the parameter {name} itself has {_count(p)}",
+                f"the parameter {name} itself has {_count(here)}",
                 "go on from an earlier checkpoint: --init-from resume --which",
             ]
     for name, copy in model.compute_copies().items():
@@ -97,20 +98,30 @@ def explain(trainer: Trainer, micro_batches: Sequence[MicroBatch], valid_tokens:
             largest = model.get_parameter(name).abs().max().item()
             limit = torch.finfo(copy.dtype).max
             return [f"the parameter {name} is up to {largest:.3g}, more than {_name(copy.dtype)} holds ({limit:.3g})"]
+    return []
+
+
+def explain(trainer: Trainer, micro_batches: Sequence[MicroBatch], valid_tokens: int) -> list[str]:
+    """What is not finite first in this process's part of a step, in lines for the log; none where all is finite.
+
+    Writes the gradients, and leaves everything else of the trainer as it is.
+    """
+    if found := _of_parameters(trainer):
+        return found
     first = _First()
-    with watching(model, first.see):
+    with watching(trainer.model, first.see):
         loss = trainer.replay(micro_batches, valid_tokens)
     if first.found:
         return _lines(first.found, trainer)
     if _bad(loss):
         return [f"the loss is {loss.item()}, though all that the ops give is finite"]
-    for name in reversed([name for name, _ in model.named_parameters()]):
-        gradient = trainer.flat.view(trainer.flat.gradients, name)
+    gradients = {name: gradient for name, gradient in trainer.gradients().items() if gradient.numel()}
+    for name, gradient in reversed(gradients.items()):
         if _bad(gradient):
             return [f"the gradient of {name}, summed over the step, has {_count(gradient)}; all else is finite"]
-    norm = torch.linalg.vector_norm(trainer.flat.gradients)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
     if _bad(norm):
-        largest = trainer.flat.gradients.abs().max().item()
+        largest = max(gradient.abs().max().item() for gradient in gradients.values())
         return [f"the gradient is finite, up to {largest:.3g}, and its norm is more than float32 holds"]
     return []
 

@@ -1,5 +1,7 @@
 """The optimizers over the model's flat parameters, AdamW by torch or by one kernel, and the loss scale of float16."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -152,11 +154,14 @@ def updates(model: Llama, optimizer: AdamW | Muon) -> int:
 
 
 @torch.no_grad()
-def restore(model: Llama, optimizer: AdamW | Muon, saved: dict[str, dict[str, Tensor]], updates: int) -> None:
-    """Put back, in place, what `moments` and `updates` gave: of the same method, whatever computes it."""
+def restore(model: Llama, optimizer: AdamW | Muon, saved: Callable[[str, str], Tensor], updates: int) -> None:
+    """Put back, in place, what `moments` and `updates` gave: of the same method, whatever computes it.
+
+    saved: a moment of a parameter, by their two names.
+    """
     for moment, named in moments(model, optimizer).items():
         for name, own in named.items():
-            own.copy_(saved[moment][name])
+            own.copy_(saved(moment, name))
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(updates)

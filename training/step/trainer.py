@@ -6,6 +6,7 @@ Triton kernels; plain PyTorch stays what its users run, and with many processes 
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +39,9 @@ class Trainer:
 
     def __init__(self, model: Llama, config: TrainConfig, world: World, *, capture: bool | None = None):
         """`capture`, if given, decides in `config.capture`'s place, for plain PyTorch too."""
-        self.model = model
-        self.device = model.cos.device
+        self._set_up(model, config, world)
         self.flat = flatten(model, config)
         self.optimizer = make_optimizer(self.flat, config)
-        self.loss_scale = LossScale(model.compute_dtype == torch.float16, self.device)
-        self.grad_clip = config.grad_clip
-        self.world = world
         wanted = config.capture and config.uses_triton() if capture is None else capture
         self.captures = wanted and self.device.type == "cuda" and world.size == 1
         self._stream = torch.cuda.Stream(self.device) if self.captures else None
@@ -52,6 +49,16 @@ class Trainer:
         self.loss_sum = (
             torch.compile(self._loss_sum, fullgraph=True, dynamic=False) if config.compile else self._loss_sum
         )
+
+    def _set_up(self, model: Llama, config: TrainConfig, world: World) -> None:
+        """What every trainer has, however its parameters lie."""
+        self.model = model
+        self.device = model.cos.device
+        self.loss_scale = LossScale(model.compute_dtype == torch.float16, self.device)
+        self.grad_clip = config.grad_clip
+        self.world = world
+        self.captures = False
+        self._stream: torch.cuda.Stream | None = None
         self._micro_batches: list[MicroBatch] = []
         self._valid_tokens = torch.ones((), device=self.device)
         self._result = torch.zeros(3, device=self.device)
@@ -114,26 +121,25 @@ class Trainer:
 
     def _differentiate(self, loss_sum: Callable[..., Tensor]) -> Tensor:
         """Fill the gradients with those of the micro-batches, times the loss scale. Returns the sum of their losses."""
-        self.flat.clear_gradients()
+        self._clear_gradients()
         loss = torch.zeros((), device=self.device)
         factor = self.loss_scale.scale / self._valid_tokens
-        for micro_batch in self._micro_batches:
+        for i, micro_batch in enumerate(self._micro_batches, start=1):
+            self._before_passes(last=i == len(self._micro_batches))
             of_micro_batch = loss_sum(*micro_batch, factor)
             of_micro_batch.backward(factor)
             loss += of_micro_batch.detach()
-        self.flat.finish_gradients()
+        self._finish_gradients()
         return loss
 
     def _step(self) -> None:
         """The step, from tensors that stay in their places to such tensors."""
         loss_scale = self.loss_scale.scale
         loss = self._differentiate(self.loss_sum)
-        gradients = self.flat.gradients
         self.world.sum(loss)
-        self.world.sum(gradients)
         loss /= self._valid_tokens
 
-        grad_norm = torch.linalg.vector_norm(gradients) / loss_scale
+        grad_norm = self._total_gradient() / loss_scale
         skip = (~(grad_norm + loss).isfinite()).float()
         factor = 1 / loss_scale
         if self.grad_clip:
@@ -141,6 +147,40 @@ class Trainer:
         self.optimizer.update(factor, skip)
         self.loss_scale.update(skip)
         torch.stack([loss, grad_norm, skip], out=self._result)
+
+    def _clear_gradients(self) -> None:
+        self.flat.clear_gradients()
+
+    def _before_passes(self, last: bool) -> None:
+        """Called before the passes of each micro-step; last: whether it is the step's last."""
+
+    def _finish_gradients(self) -> None:
+        self.flat.finish_gradients()
+
+    def _total_gradient(self) -> Tensor:
+        """Let every process have the gradient of all of them. Returns its norm, 0-d float32."""
+        self.world.sum(self.flat.gradients)
+        return torch.linalg.vector_norm(self.flat.gradients)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What this process has of the gradients, by the parameters' names."""
+        return {name: self.flat.view(self.flat.gradients, name) for name, _ in self.model.named_parameters()}
+
+    def here(self, parameter: Tensor) -> Tensor:
+        """What this process has of a parameter, in place: all of it."""
+        return parameter.detach()
+
+    def rows(self, parameter: Tensor) -> slice:
+        """The rows that this process has of a parameter."""
+        return slice(0, parameter.shape[0])
+
+    def savable(self, here: Tensor, parameter: Tensor) -> Tensor:
+        """A tensor of the parameter's shape for a checkpoint, from what this process has of it."""
+        return here
+
+    def whole_model(self) -> AbstractContextManager[Llama]:
+        """Entered by every process, gives each the model as it is now, for it alone to generate from, until it is left."""
+        return nullcontext(self.model)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
