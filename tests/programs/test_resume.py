@@ -167,7 +167,7 @@ def test_dropout_is_a_function_of_the_seed_and_the_step(whole, tmp_path, monkeyp
     """So that what is drawn beside the steps, by an evaluation say, does not change the run."""
     plain = whole(out_dir=tmp_path / "plain", max_iters=4, eval_interval=2)
     sample = Evaluation.sample
-    monkeypatch.setattr(Evaluation, "sample", lambda self, model: (torch.rand(1), sample(self))[1])
+    monkeypatch.setattr(Evaluation, "sample", lambda self, model: (torch.rand(1), sample(self, model))[1])
     assert losses(whole(out_dir=tmp_path / "other", max_iters=4, eval_interval=2)) == losses(plain)
 
 
