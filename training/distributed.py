@@ -239,11 +239,16 @@ def _fail_together(world: World, error: BaseException) -> None:
     notices, status = world._links.notices, status_of(error)
     lost = _as_lost(error)
     first = notices.fail(status)
+    speaks = first.rank == world.rank
     keeps_store = world.is_main and not launcher.by_torchrun()
-    absent = notices.absent(_SIGN_SECONDS) if keeps_store or (lost and first.rank == world.rank) else []
+    absent = notices.absent(_SIGN_SECONDS) if keeps_store or (lost and speaks) else []
+    if speaks:
+        notices.have_spoken()
+    elif keeps_store:
+        notices.stay_for_the_speaker(2 * _SIGN_SECONDS)
     # The group can't be left in order any more: its destructors would wait for what never comes.
     atexit.register(_exit_now, first.status)
-    if first.rank != world.rank:
+    if not speaks:
         raise SystemExit(first.status) from None
     if lost:
         raise SystemExit(f"train.py: error: {_who_is_lost(lost, absent, world)}") from None

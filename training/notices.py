@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ANSWER_SECONDS = 5.0  # in which a store that is there answers
-_FAILED = "failed"
+_FAILED, _SPOKEN = "failed", "spoken"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,16 @@ class Notices:
             return _read(store.compare_set(_FAILED, "", f"{self._rank} {status}"))
 
         return self._ask(say) or mine
+
+    def have_spoken(self) -> None:
+        """Say that the first one that failed, which this is, needs the store no more."""
+        self._ask(lambda store: store.set(_SPOKEN, ""))
+
+    def stay_for_the_speaker(self, seconds: float) -> None:
+        """Where this process keeps the store: stay until the one that speaks needs it no more, so many seconds at most."""
+        end = time.monotonic() + seconds
+        while not self._ask(lambda store: store.check([_SPOKEN])) and self.store_answers and time.monotonic() < end:
+            time.sleep(0.05)
 
     def absent(self, seconds: float) -> list[int]:
         """The ranks that have not signed, once all have or so many seconds have gone by."""

@@ -103,8 +103,8 @@ def start(program: str, words: list[str], code: str = "", **environment: str) ->
         text=True,
         env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
         start_new_session=True,
-        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell's background jobs ignore Ctrl-C, those of nohup SIGHUP, and what they start inherits that.
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
 
 
