@@ -94,24 +94,17 @@ def _exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    gradient_rows: Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
+def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, rows: Tensor | None, dtypes: tuple) -> None:
     check_tensor(op, "x", x, dtypes=dtypes)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted (..., D) with D at least 1")
     if residual is not None:
         check_tensor(op, "residual", residual, tuple(x.shape), (x.dtype, torch.float32), x.device)
     check_tensor(op, "weight", weight, (x.shape[-1],), (x.dtype, torch.float32), x.device)
-    if gradient_rows is not None:
-        check_tensor(op, "gradient_rows", gradient_rows, ("R", x.shape[-1]), (torch.float32,), x.device)
-        if not gradient_rows.is_contiguous():
-            raise ValueError(f"{op}: gradient_rows has strides {gradient_rows.stride()}, wanted a dense tensor")
+    if rows is not None:
+        check_tensor(op, "gradient_rows", rows, ("R", x.shape[-1]), (torch.float32,), x.device)
+        if not rows.is_contiguous():
+            raise ValueError(f"{op}: gradient_rows has strides {rows.stride()}, wanted a dense tensor")
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -349,10 +342,9 @@ def _rms_norm_backward(
     dsummed_rows = rows if dsummed is None else dense_rows(dsummed)
     n_rows, width = rows.shape[0], int(rows.shape[1])
     launch = backward_launch(n_rows, width, target_of(dy))
-    partial = None
-    if want_dweight:
-        shape = (*launch.grid, width)
-        partial = gradient_rows if gradient_rows is not None else dy.new_empty(shape, dtype=torch.float32)
+    partial = gradient_rows if want_dweight else None
+    if want_dweight and partial is None:
+        partial = dy.new_empty((*launch.grid, width), dtype=torch.float32)
     if n_rows:
         with device_of(dy):
             wrap_triton(_rms_norm_backward_kernel)[launch.grid](
@@ -439,14 +431,10 @@ def add_rms_norm_triton(
     return y, summed
 
 
-def _check_for_kernels(
-    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, gradient_rows: Tensor | None
-) -> None:
-    _check(op, x, residual, weight, gradient_rows, KERNEL_DTYPES)
+def _check_for_kernels(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, rows: Tensor | None) -> None:
+    _check(op, x, residual, weight, rows, KERNEL_DTYPES)
     check_usable(op, x.device)
-    if gradient_rows is not None:
+    if rows is not None:
         wanted = gradient_row_count(int(x.shape[-1]), target_of(x))
-        if gradient_rows.shape[0] != wanted:
-            raise ValueError(
-                f"{op}: gradient_rows has {gradient_rows.shape[0]} rows, wanted {wanted} (gradient_row_count)"
-            )
+        if rows.shape[0] != wanted:
+            raise ValueError(f"{op}: gradient_rows has {rows.shape[0]} rows, wanted {wanted} (gradient_row_count)")
