@@ -94,7 +94,14 @@ Trainer.step = lambda self, *batch: hold()
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.fault(
     "a signal before the first step is done (`torch.compile` works for minutes)",
     "the run ends at once, by the signal's status",
@@ -128,7 +135,13 @@ parts.write_file = held
 """
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 3, [signal.SIGINT] * 2, [signal.SIGHUP, signal.SIGTERM]])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGHUP, signal.SIGTERM, signal.SIGTERM],
+        pytest.param([signal.SIGINT] * 2, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.fault("signals during a save, once or more often", "the save is finished, and the run ends well")
 def test_a_save_that_is_begun_is_finished(tmp_path, text, numbers):
     result, _ = end(begin(tmp_path, text, SAVE, max_iters=1000), *numbers)
