@@ -70,6 +70,19 @@ GPUS = (
 # fmt: on
 
 
+LINKS = {
+    "V100 SXM2 16 GB": 150.0,
+    "V100 SXM2 32 GB": 150.0,
+    "A100 SXM 40 GB": 300.0,
+    "A100 SXM 80 GB": 300.0,
+    "H100 SXM": 450.0,
+    "H200 SXM": 450.0,
+    "B200": 900.0,
+    "GB200": 900.0,
+}
+"""GB/s that a GPU sends to the others of its machine, while it receives as much: half of NVLink's figure in the same datasheets."""
+
+
 def find_gpu(device_name: str) -> Gpu | None:
     """The row for a name as `torch.cuda.get_device_name()` gives it.
 

@@ -10,13 +10,19 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """While entered, follows the storages that ops make. `now`: bytes of those that are alive; `peak`: most of them at once.
 
-    What was made before, and what an op makes for itself alone, is not counted.
+    What was made before, and what an op makes for itself alone, is not counted. A storage that is resized, as FSDP's are, counts
+    with the size that it has at the time.
     """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
+        self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    @property
+    def now(self) -> int:
+        """Bytes that are alive."""
+        return sum(storage.nbytes() for of in list(self._alive.values()) if (storage := of()) is not None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {storage._cdata for storage in _storages((args, kwargs))}
@@ -24,15 +30,10 @@ class LiveBytes(TorchDispatchMode):
         for storage in _storages(made):
             key = storage._cdata
             if key not in given and key not in self._alive:
-                self._alive.add(key)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
+                self._alive[key] = weakref.ref(storage)
+                weakref.finalize(storage, self._alive.pop, key, None)
         self.peak = max(self.peak, self.now)
         return made
-
-    def _freed(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
 
 
 def _storages(tree) -> list[torch.UntypedStorage]:
