@@ -211,7 +211,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
 
 # Records without text, and byte order marks
 
-NO_TEXT = [{"text": "a"}, {"text": None}, {"n": 1}, {"text": "b", "n": 2}]
+NO_TEXT = [{"text": "a"}, {"text": None}, {"n": 1}, {"text": "b", "n": 2}, {"text": ""}, {"text": " \n"}]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz"])
@@ -225,7 +225,50 @@ def test_records_without_text_are_left_out_and_counted_in_every_format(tmp_path,
         write(path, gzip.compress(raw) if name.endswith(".gz") else raw)
     report = Report()
     assert documents(path, report) == ["a", "b"]
-    assert (report.without_text, report.bad) == (2, [])
+    assert (report.without_text, report.bad) == (4, [])
+
+
+ENDED = [{"text": f"{text}<|endoftext|>"} for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_records_are_cut_at_a_separator_that_they_hold(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.parquet":
+        parquet(path, text=[row["text"] for row in ENDED])
+    else:
+        write(path, json.dumps(ENDED) if name == "a.json" else "\n".join(map(json.dumps, ENDED)))
+    report = Report()
+    assert documents(path, report) == TEXTS
+    assert report.without_text == 0
+    assert open_corpus(str(path)).cut.endswith(", cut at '<|endoftext|>'")
+    assert documents(path, split_text="The end") == [
+        piece for row in ENDED for piece in row["text"].split("The end") if piece.strip()
+    ]
+    whole = open_corpus(str(path), split_text="whole")
+    assert [text for part in whole.parts for _, text in part.documents()] == [row["text"] for row in ENDED]
+    assert len({opened.fingerprint for opened in (whole, open_corpus(str(path)))}) == 2
+    assert "--split-text lines cuts text, not records" in open_corpus(str(path), split_text="lines").cut
+
+
+def test_what_goes_on_behind_an_array_is_refused(tmp_path, monkeypatch):
+    content = json.dumps([{"text": "a"}, {"text": "b"}])
+    for size in (3, 1 << 20):
+        monkeypatch.setattr(records, "_READ_CHARACTERS", size)
+        assert documents(write(tmp_path / "a.json", content + " \n" * 9)) == ["a", "b"]
+        write(tmp_path / "two.json", f"{content}\n\n{content}")
+        with pytest.raises(
+            UserError, match=r"two\.json goes on behind its array, with '\[.*; wanted one array, or a record"
+        ):
+            documents(tmp_path / "two.json")
+
+
+def test_of_a_mixed_folder_the_files_of_the_most_bytes_are_proposed(tmp_path):
+    for name in ("README.md", "dataset_info.json"):
+        write(tmp_path / "d" / name, "{}")
+    write(tmp_path / "d" / "a.jsonl", JSONL)
+    with pytest.raises(UserError, match=r"for instance --data-files '\*\.jsonl'"):
+        open_corpus(str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])

@@ -138,7 +138,10 @@ def one_kind(root: Path, files: list[SourceFile]) -> None:
     if len(counts) > 1:
         first = {kind: next(path for path in kinds if kinds[path] == kind) for kind in counts}
         held = ", ".join(f"{count} of {kind} (such as {first[kind].name})" for kind, count in counts.most_common())
-        suffix = first[counts.most_common(1)[0][0]].suffix
+        sizes: Counter[str] = Counter()
+        for path, kind in kinds.items():
+            sizes[kind] += path.stat().st_size
+        suffix = first[sizes.most_common(1)[0][0]].suffix  # a card and an index are small beside the text of a set
         raise UserError(
             f"--data {root}: a folder is read as one kind, and the files of this one are {held}; "
             f"say which to read, for instance --data-files '*{suffix}'"

@@ -53,6 +53,7 @@ class Part:
         val_below: documents whose hash is below this are validation: 0 for none, 2**64 for all.
         skip_bad: leave out, and report, what can't be read.
         stream: instead of `reads`, yields the parts of a file that has to be read from its beginning.
+        separator: what documents are cut at within an item, a record of several.
     """
 
     reads: tuple[tuple[Path, Callable[[], Iterator[Item]]], ...] = ()
@@ -60,6 +61,7 @@ class Part:
     val_below: int = 0
     skip_bad: bool = False
     stream: tuple[Path, Callable[[], Iterator[Part]]] | None = None
+    separator: str = ""
 
     def documents(self, report: Report | None = None) -> Iterator[tuple[Split, str]]:
         """Yield (split, text) in the order of the source; what holds nothing but white space is no document.
@@ -72,8 +74,10 @@ class Part:
                 for item in self._guarded(path, read, report):
                     if item is None:
                         report.without_text += 1
-                    elif item.strip():
-                        yield ("val" if text_hash(item) < self.val_below else "train"), item
+                        continue
+                    for text in item.split(self.separator) if self.separator else (item,):
+                        if text.strip():
+                            yield ("val" if text_hash(text) < self.val_below else "train"), text
 
     def pieces(self, report: Report) -> Iterator[Part]:
         """The part itself, or those of its stream, each of which some process can read for itself."""
@@ -81,7 +85,7 @@ class Part:
             yield self
             return
         for piece in self._guarded(*self.stream, report):
-            yield replace(piece, val_below=self.val_below, skip_bad=self.skip_bad)
+            yield replace(piece, val_below=self.val_below, skip_bad=self.skip_bad, separator=self.separator)
 
     def _guarded(self, path: Path, read: Callable[[], Iterator], report: Report) -> Iterator:
         """What `read` yields. This is the one place where a file of the user's is read, so that all errors are met alike."""

@@ -47,8 +47,8 @@ def text_of(record: object, field: str | None) -> str | None:
     return None if name is None else checked(record[name], f"field {name!r}")
 
 
-def checked(text: object, where: str) -> str:
-    """A text that can be written as UTF-8. UserError for anything else."""
+def checked(text: object, where: str) -> str | None:
+    """A text that can be written as UTF-8; None for one that holds nothing but white space. UserError for anything else."""
     if not isinstance(text, str):
         raise UserError(f"{where} is a {type(text).__name__}, wanted a string")
     if "\0" in text:
@@ -57,7 +57,7 @@ def checked(text: object, where: str) -> str:
         text.encode()  # JSON can spell half of a surrogate pair
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: {error}") from error
-    return text
+    return text if text.strip() else None
 
 
 def no_text(names: list[str], field: str | None) -> UserError:
@@ -105,7 +105,7 @@ def _texts_of_array(path: Path, field: str | None) -> Iterator[Item]:
 
 
 def records_of_array(path: Path) -> Iterator[object]:
-    """The elements of a JSON array, one after another. UserError where the file is none."""
+    """The elements of a JSON array, one after another. UserError where the file is none, or holds more than one."""
     decoder, count = json.JSONDecoder(), 0
     with open_stream(path) as raw:
         characters = codecs.getreader("utf-8-sig")(raw)
@@ -116,6 +116,13 @@ def records_of_array(path: Path) -> Iterator[object]:
         while True:
             at = _BETWEEN.match(text, at).end()
             if text.startswith("]", at):
+                behind = text[at + 1 :]
+                while not behind.strip() and (behind := characters.read(_READ_CHARACTERS)):
+                    pass
+                if left := behind.strip()[:20]:
+                    raise UserError(
+                        f"{path} goes on behind its array, with {left!r}; wanted one array, or a record a line"
+                    )
                 return
             try:
                 record, at = decoder.raw_decode(text, at)

@@ -22,11 +22,12 @@ from training.data.corpus.parquet import parquet_parts
 from training.data.corpus.parts import HASH_RANGE, Part, Report, Split, grouped, reading, text_hash
 from training.data.corpus.records import array_parts, fields_of, jsonl_parts, no_text
 from training.data.corpus.stdlib import stdlib_parts
-from training.data.corpus.text import literal, pattern_of, text_parts
+from training.data.corpus.text import found_separator, literal, pattern_of, text_parts
 from training.data.corpus.tinystories import tinystories_files
 from training.errors import UserError
 
 HASHED_BYTES = 256 << 20
+_LOOKED_AT = 1 << 18  # characters of the first records
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def open_corpus(
             text; each may be compressed (gzip, bzip2, xz, zstd). A folder holds one kind. `./stdlib` means a path.
         split_text: how text becomes documents: "blank-lines", "lines", "whole" (one a file), or a separator. "auto" is at
             a separator that others use, such as <|endoftext|>, where the text holds it, else "blank-lines"; in a folder
-            the last two are "whole".
+            the last two are "whole". Records are cut at a separator only.
         text_field: field of a record or column of a parquet file; by default `text` or `story`.
         val_fraction: share of the documents kept for validation, above 0 and below 1. Each split gets at least one.
         data_files: of a folder, the files whose name or path in it matches, as "*.jsonl"; empty: all.
@@ -175,6 +176,8 @@ def _parts_of(
         cut = f"a record a document, its {' or '.join(map(repr, fields_of(field)))}"
         if root.is_dir() or (kind, root.suffix) not in (("jsonl", ".jsonl"), ("parquet", ".parquet")):
             extras.append(kind)
+        if split_text in ("blank-lines", "lines"):
+            cut += f" (--split-text {split_text} cuts text, not records)"
         kinds = {"jsonl": jsonl_parts, "array": array_parts, "parquet": parquet_parts}
         read = {kind: partial(reader, field=field) for kind, reader in kinds.items()}
     parts: list[Part] = []
@@ -186,7 +189,23 @@ def _parts_of(
                 raise
             bad.append(str(error))
     # Row groups stay apart, as they were when what is prepared already was made: the tokenizer is trained on some of them.
-    return parts if kind == "parquet" else grouped(parts), cut, extras
+    parts = parts if kind == "parquet" else grouped(parts)
+    if kind != "text" and (separator or (split_text == "auto" and (separator := _separator_in(parts, skip_bad)))):
+        extras.append(f"records cut at {separator}")
+        cut += f", cut at {separator!r}"
+        parts = [replace(part, separator=separator) for part in parts]
+    return parts, cut, extras
+
+
+def _separator_in(parts: list[Part], skip_bad: bool) -> str:
+    """A separator of others' that the first records use, as `found_separator`: they were text once."""
+    head, length = [], 0
+    for _, document in itertools.chain.from_iterable(replace(part, skip_bad=skip_bad).documents() for part in parts):
+        head.append(document)
+        length += len(document)
+        if length > _LOOKED_AT:
+            break
+    return found_separator("\n".join(head))
 
 
 def _has_text(parts: list[Part]) -> bool:
