@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from training import pretrained
+from training import pretrained, spelling
 from training.errors import UserError
 from training.pretrained import Pretrained
 from training.stopping import exit_statuses
@@ -44,6 +45,10 @@ class ExportConfig:
         for name, least in (("max_file_bytes", 1), ("max_position_embeddings", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        if self.format == "llama2c" and self.dtype != "float32":
+            raise UserError(f"--dtype {self.dtype} is for --format huggingface; a llama2c file holds float32")
+        if self.format == "huggingface" and self.version:
+            raise UserError(f"--version {self.version} is for --format llama2c")
         out = Path(self.out)
         if out.exists() and not (self.format == "huggingface" and out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} is there already; name what is not, or remove it first")
@@ -52,7 +57,7 @@ class ExportConfig:
 def main() -> None:
     """Parse the command line and write. A user's mistake is one line on stderr and exit status 2."""
     with exit_statuses():
-        config = tyro.cli(ExportConfig, description=ExportConfig.__doc__)
+        config = spelling.read(ExportConfig, sys.argv[1:], positional=("weights", "out"))
         config.check()
         weights = pretrained.find(config.weights, config.which)
         write = write_huggingface if config.format == "huggingface" else write_llama2c

@@ -12,8 +12,8 @@ import tyro
 
 from kernels import grammar
 from model.config import option
-from training import pretrained
-from training.config import TrainConfig, why_no_kernels
+from training import pretrained, spelling
+from training.config import TrainConfig, is_text, why_no_kernels
 from training.errors import UserError
 from training.log.console import printable
 from training.log.transcript import GrowingText, Transcript
@@ -82,6 +82,10 @@ class GenerateConfig:
         ):
             if not allowed:
                 raise UserError(f"{option(name)} is {getattr(self, name)}; it must be {words}")
+        for name, texts in (("prompt", self.prompt), ("stop", self.stop)):
+            for text in texts:
+                if not is_text(text):
+                    raise UserError(f"{option(name)} is {text!r}, which is not UTF-8 text")
         if "" in self.stop:
             raise UserError("--stop is empty, which every text begins with; name a text")
         if self.interactive and (self.prompts_file or len(self.prompt) > 1):
@@ -91,7 +95,7 @@ class GenerateConfig:
 def main() -> None:
     """Parse the command line and print the texts. A user's mistake is one line on stderr and exit status 2."""
     with exit_statuses(), out_of_memory_is_told("lower --batch-size or --max-new-tokens, or take --device cpu"):
-        config = tyro.cli(GenerateConfig, description=GenerateConfig.__doc__)
+        config = spelling.read(GenerateConfig, sys.argv[1:], positional=("checkpoint",))
         config.check()
         prompts = read_prompts(config)
         writer = Writer(config)
@@ -106,7 +110,8 @@ def read_prompts(config: GenerateConfig) -> list[tuple[str, str]]:
     prompts = [("--prompt", text) for text in config.prompt]
     if path := config.prompts_file:
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            # Without the mark that some editors put in front; other characters than \n that end lines are of a prompt.
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
             raise UserError(f"--prompts-file {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -120,17 +125,18 @@ def read_prompts(config: GenerateConfig) -> list[tuple[str, str]]:
 
 def load(config: GenerateConfig):
     """The model that `config.checkpoint` names, on its device, and its tokenizer. UserError where it can't be had."""
-    import kernels
-    from model import Llama
-    from model.generation import lay_out_for_decoding
-    from training.device import resolve_device, resolve_dtype
-
     weights = pretrained.find(config.checkpoint, config.which)
     # What a run was trained with does not bind who reads it.
     run = TrainConfig(**vars(weights.config), device=config.device, dtype=config.dtype, compile=config.compile)
     run.kernels = "none" if config.kernels == "auto" else config.kernels
     run.rope_precision = run.rope_precision if config.rope_precision == "auto" else config.rope_precision
     run.check()
+    # torch, now that a mistake in the path or an option has been answered
+    import kernels
+    from model import Llama
+    from model.generation import lay_out_for_decoding
+    from training.device import resolve_device, resolve_dtype
+
     device = resolve_device(run)
     if config.kernels == "auto" and device.type == "cuda" and not why_no_kernels(run, has_gpu=True):
         run.kernels = "all" if grammar.attention_serves(run.head_dim) else "all,-attention"
@@ -146,10 +152,10 @@ class Writer:
     """A model and its tokenizer at work: prompts in, texts out on stdout."""
 
     def __init__(self, config: GenerateConfig):
-        from model.sampling import Sampling
-
         self._config = config
         self._model, self._tokenizer = load(config)
+        from model.sampling import Sampling  # imports torch: see load
+
         self._end_ids = pretrained.find(config.checkpoint, config.which).end_ids()
         self._sampling = Sampling(
             temperature=config.temperature,

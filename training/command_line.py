@@ -4,7 +4,6 @@ Defaults come from the preset, then from the run being resumed, then from a TOML
 """
 
 import argparse
-import difflib
 import math
 import os
 import tomllib
@@ -17,7 +16,7 @@ import tomli_w
 import tyro
 
 from model.config import option
-from training import pretrained, run_folder
+from training import pretrained, run_folder, spelling
 from training.config import TrainConfig, defaults, preset_options
 from training.errors import UserError
 
@@ -31,7 +30,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     Raises UserError for an unknown option and a mistake in a value or in a file of defaults, and SystemExit as tyro does:
     status 0 after --help, 2 for a value of another type.
     """
-    arguments = _spelled_out(arguments)
+    arguments = spelling.spelled_out(arguments, TrainConfig, _spellings())
     early = _read_ahead(arguments)
     if early.get("config") == "":
         raise UserError("--config is empty; name a TOML file, or leave it out")
@@ -53,57 +52,12 @@ def parse(arguments: list[str]) -> TrainConfig:
     config, unknown = tyro.cli(
         TrainConfig, args=arguments, default=base, description=TrainConfig.__doc__, return_unknown_args=True
     )
-    if unknown:
-        if not unknown[0].startswith("-"):
-            raise UserError(f"unexpected {unknown[0]!r}; options are --name value, and switches --name or --no-name")
-        raise UserError(_unknown_option(unknown[0].partition("=")[0], [option(name) for name in _spellings()]))
+    spelling.refuse(unknown, _spellings())
     config = replace(config, **_with_home(vars(config)))
     config.check()
     if weights:
         weights.check_agrees(config)
     return config
-
-
-def _spelled_out(arguments: list[str]) -> list[str]:
-    """A command line as the parser proper takes it, which reads a word that begins with a dash as an option.
-
-    `--kernels -rope` becomes one word, and `--compile=False`, as llama2.c has it, becomes `--no-compile`. UserError for an
-    option that has no value.
-    """
-    types = typing.get_type_hints(TrainConfig)
-    fields_by_word = {f"--{name}": field for name, field in _spellings().items()}
-    fields_by_word |= {option(name): field for name, field in _spellings().items()}
-    negated = {"--no" + word[1:] for word, field in fields_by_word.items() if types[field] is bool}
-    spelled: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        name, has_value, value = word.partition("=")
-        field = fields_by_word.get(name)
-        if field is None:
-            spelled.append(word)
-        elif types[field] is bool:
-            spelled.append(_switch(name, value) if has_value else word)
-        elif has_value or not (rest and rest[0].startswith("-")):
-            if not (has_value or rest):
-                raise UserError(f"{name} needs a value")
-            spelled += [word] if has_value else [word, rest.pop(0)]
-        else:
-            value = rest.pop(0)
-            known = value.partition("=")[0] in {*fields_by_word, *negated, "--help", "-h"}
-            if known or value.startswith("--"):
-                other = (
-                    "" if known else f", and {value} is no option; a value that begins with a dash is {name}={value}"
-                )
-                raise UserError(f"{name} needs a value{other}")
-            spelled.append(f"{name}={value}")
-    return spelled
-
-
-def _switch(name: str, value: str) -> str:
-    if value.lower() not in ("true", "false"):
-        raise UserError(f"{name} is {value!r}; it is a switch: {name} or --no{name[1:]}")
-    return name if value.lower() == "true" else f"--no{name[1:]}"
 
 
 def _with_home(options: dict) -> dict:
@@ -176,10 +130,10 @@ def _options(table: dict, path: str) -> dict:
     """Checks keys and types of a table of options; keys may be spelled with dashes. The alias n_group is understood."""
     types, options = typing.get_type_hints(TrainConfig), {}
     for key, value in _as_spelled_now(table).items():
-        spelling = key.replace("-", "_")
-        if spelling not in _spellings():
-            raise UserError(f"{path}: {_unknown_option(key, list(_spellings()))}")
-        name = _spellings()[spelling]
+        spelled = key.replace("-", "_")
+        if spelled not in _spellings():
+            raise UserError(f"{path}: {spelling.unknown_option(key, list(_spellings()))}")
+        name = _spellings()[spelled]
         if name in options:
             raise UserError(f"{path}: {key} is there twice, in two spellings")
         wanted = types[name]
@@ -207,11 +161,6 @@ def _as_spelled_now(table: dict) -> dict:
     return table | {"optimizer": "adamw", "kernels": kernels}
 
 
-def _spellings() -> dict[str, str]:
+def _spellings() -> spelling.Spellings:
     """Fields by the names they may be given under: their own, and the reference's n_group."""
     return {f.name: f.name for f in fields(TrainConfig)} | {"n_group": "n_kv_heads"}
-
-
-def _unknown_option(found: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(found, allowed, n=1)
-    return f"unknown option {found!r}" + (f"; did you mean {close[0]!r}?" if close else "; --help lists all options")

@@ -224,7 +224,7 @@ class TrainConfig(LlamaConfig):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{option(field.name)} is {value}; it must be a finite number")
-            if isinstance(value, str) and not _is_text(value):
+            if isinstance(value, str) and not is_text(value):
                 raise UserError(f"{option(field.name)} is {value!r}, which is not UTF-8 text; rename what it names")
             if value == "" and field.name in ("data", "data_dir", "out_dir"):
                 raise UserError(f"{option(field.name)} is empty")
@@ -273,7 +273,7 @@ class TrainConfig(LlamaConfig):
             raise kernels_refused(self, reason)
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Whether a value can be kept with the run and named to the system: bytes that are not UTF-8 come as half characters."""
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 

@@ -217,6 +217,11 @@ def test_bad_input_is_named(run, tmp_path):
     (bare / "config.json").write_text("[]")
     refused(call(export, [str(bare), out]), "config.json holds a list, wanted an object")
     refused(call(export, [str(run), out, "--max-file-bytes=0"]), "--max-file-bytes is 0; it must be at least 1")
+    refused(call(export, [str(run), out, "--which", "--dtype=float16"]), "--which needs a value")
+    refused(
+        call(export, [str(run), out, "--format=llama2c", "--dtype=float16"]), "--dtype float16 is for --format hugg"
+    )
+    refused(call(export, [str(run), out, "--version=1"]), "--version 1 is for --format llama2c")
     assert not Path(out).exists()
 
 

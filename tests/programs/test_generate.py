@@ -143,7 +143,11 @@ def test_a_terminal_that_knows_only_ascii_gets_escapes(run):
         ("--batch-size=0", "--batch-size is 0; it must be at least 1"),
         ("--stop=", "--stop is empty"),
         ("--prompts-file=nowhere.txt", "--prompts-file nowhere.txt: No such file"),
-        ("--prompt=\udcff", "not a text"),
+        ("--prompt=\udcff", r"--prompt is '\\udcff', which is not UTF-8 text"),
+        ("--stop=\udcff", r"--stop is '\\udcff', which is not UTF-8 text"),
+        ("--promt=x", "unknown option '--promt'; did you mean '--prompt'?"),
+        ("--prompt", "--prompt needs a value"),
+        ("more", "unexpected 'more'; options are --name value"),
         ("--seed=-1", "--seed is -1"),
         ("--max-new-tokens=-1", "--max-new-tokens is -1"),
         ("--device=tpu", "--device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
@@ -204,11 +208,28 @@ def test_nothing_is_written_where_one_prompt_of_a_file_cannot_be(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\n \n", "holds no prompt"), (b"a\xff", "is not UTF-8 text: .* at byte 1")]
+    ("content", "message"),
+    [
+        (b"\n \n", "holds no prompt"),
+        (b"\xef\xbb\xbf\n", "holds no prompt"),
+        (b"a\xff", "is not UTF-8 text: .* at byte 1"),
+    ],
 )
 def test_a_file_without_prompts_is_named(tmp_path, content, message):
     (tmp_path / "prompts.txt").write_bytes(content)
     refused(call(generate, [f"--prompts-file={tmp_path / 'prompts.txt'}"]), message)
+
+
+def test_a_file_of_prompts_is_cut_at_its_line_ends_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfthe cat\r\nold\xe2\x80\xa8dogs\x0c \n")
+    prompts = generate.read_prompts(generate.GenerateConfig(prompts_file=str(tmp_path / "prompts.txt")))
+    assert [text for _, text in prompts] == ["the cat", "old\u2028dogs\x0c "]
+
+
+def test_options_are_understood_as_people_type_them(run):
+    words = [run, "--temperature=0", "--max-new-tokens=5"]
+    assert text_of(*words, "--prompt", "- a", "--compile=False") == text_of(*words, "--prompt=- a")
+    assert text_of(*words, "--prompt=the", "--stop", "-") == text_of(*words, "--prompt=the", "--stop=-")
 
 
 def test_a_text_ends_before_a_stop_text(run):
@@ -285,7 +306,8 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path):
 def test_help_and_mistakes_in_the_options_import_nothing_heavy():
     code = """
 import contextlib, io, sys, generate
-for words, wanted in ([["--help"], 0], [["--bogus"], 2], [["--temperature=-1"], 2], [["--dtype=float8"], 2]):
+mistakes = [["--bogus"], ["--temperature=-1"], ["--dtype=float8"], ["no/folder"], ["README.md"], ["tests", "--which=best"]]
+for words, wanted in [(["--help"], 0), *[(words, 2) for words in mistakes]]:
     sys.argv = ["generate.py", *words]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:

@@ -47,6 +47,13 @@ def ours(folder: Path):
     return model
 
 
+def their_whole_text(folder: Path, prompt: str, count: int) -> str:
+    """The greedy text of their model and their tokenizer, prompt and all decoded at once."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = theirs(folder).generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
 def their_text(folder: Path, prompt: str, count: int) -> str:
     """The greedy text of a pipeline, which takes a folder as it is."""
     pipeline = transformers.pipeline("text-generation", model=str(folder))
@@ -109,6 +116,18 @@ def test_the_greedy_text_is_the_same(tmp_path):
         text = their_text(folder, prompt, 30)
         assert printable(text, "utf-8") == our_text(folder, prompt, 30)
         assert len(set(text)) > 8
+
+
+def test_a_pipeline_of_theirs_may_lose_one_space_before_what_is_new(tmp_path):
+    """Version 5 decodes the new tokens alone, and the decoder takes the first space for the one in front of a text."""
+    folder = exported(write_folder(tmp_path / "source", llama()), tmp_path / "hf")
+    text = our_text(folder, "cat sat", 20)
+    assert text.startswith("cat sat ")
+    assert printable(their_whole_text(folder, "cat sat", 20), "utf-8") == text
+    lost = int(transformers.__version__.split(".")[0]) >= 5
+    assert printable(their_text(folder, "cat sat", 20), "utf-8") == (
+        text.replace("cat sat ", "cat sat", 1) if lost else text
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"rope_theta": 500000.0}])
