@@ -125,7 +125,8 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
         for note in filter(None, notes):
             metrics.note(note)
         if config.profile:
-            profiler = profiling.trace(Path(config.out_dir) / "profile.json", metrics.note)
+            steps_left = 0 if config.eval_only else config.max_iters - progress.step
+            profiler = profiling.trace(Path(config.out_dir) / "profile.json", steps_left, metrics.note)
 
     # ---- the loop; a GPU's figures are read one step late, so that it never waits for a line to be printed
     saves = Saves(config, trainer, dataset, progress, world, metrics, stop)

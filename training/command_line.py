@@ -55,6 +55,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     spelling.refuse(unknown, _spellings())
     config = replace(config, **_with_home(vars(config)))
     config.check()
+    if not config.eval_only:
+        run_folder.refuse_weights(config.out_dir)
     if weights:
         weights.check_agrees(config)
     return config

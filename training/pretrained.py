@@ -160,12 +160,15 @@ def of_option(init_from: str, which: str = "last") -> Pretrained:
 def find(path: str | Path, which: str = "last") -> Pretrained:
     """What a path holds. which: the checkpoint of a run's folder. UserError for what is none of `KINDS`, or not there."""
     path = Path(path)
+    is_checkpoint = (path / "manifest.json").is_file() or bool(run_folder.STEP_FOLDER.fullmatch(path.name))
     try:
+        if which != "last" and (path.is_file() or (path / "config.json").is_file() or is_checkpoint):
+            raise UserError(f"--which {which} chooses in a run's folder, and {path} is none; leave the option out")
         if path.is_file():
             return Pretrained("llama2c", path, llama2c.read_header(path).shape, dict(llama2c.ASSUMED))
         if (path / "config.json").is_file():
             return Pretrained("huggingface", path, _shape_of_huggingface(path), {})
-        if not (path / "manifest.json").is_file() and not run_folder.STEP_FOLDER.fullmatch(path.name):
+        if not is_checkpoint:
             if path.exists() and not run_folder.step_folders(path):
                 held = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
                 raise UserError(f"{path} holds no weights that are known: it has {held}; wanted {KINDS}")

@@ -62,6 +62,17 @@ def pointed_at(out_dir: Path, pointer: str) -> str | None:
         return None
 
 
+def refuse_weights(out_dir: str | Path) -> None:
+    """UserError where a run's folder would be a checkpoint, whose files it would write over, or a Hugging Face folder.
+
+    What reads weights would go on to take those of Hugging Face for the run's.
+    """
+    out_dir = Path(out_dir)
+    for name, held in (("manifest.json", "a checkpoint"), ("config.json", "a model of Hugging Face")):
+        if (out_dir / name).is_file():
+            raise UserError(f"--out-dir {out_dir} holds {held} itself ({name}); name another folder")
+
+
 @contextlib.contextmanager
 def owned(out_dir: str | Path) -> Iterator[None]:
     """Keep every other run out of a run's folder, which is made where there is none, while the block runs.

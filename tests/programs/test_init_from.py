@@ -184,6 +184,28 @@ def test_sequences_are_as_long_as_the_weights_have_seen(tmp_path):
     assert parse([f"--init-from={long}", "--max-seq-len=8192"]).max_seq_len == 8192
 
 
+def test_a_run_does_not_write_into_the_weights_of_another(tmp_path):
+    """A checkpoint would lose its options, and a Hugging Face folder's model would be taken for the run's."""
+    source = write_folder(tmp_path / "hf", llama())
+    begun(tmp_path / "out", init_from=source)
+    checkpoint = tmp_path / "out" / "step-00000004"
+    for folder, message in (
+        (source, r"a model of Hugging Face itself \(config\.json\)"),
+        (checkpoint, "a checkpoint itself"),
+    ):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for init_from in (folder, "scratch"):
+            refused(
+                started(folder, init_from=init_from),
+                rf"--out-dir .*{folder.name} holds {message}.*; name another folder",
+            )
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        refused(
+            started(tmp_path / "new", init_from=folder, which="best"),
+            rf"--which best chooses in a run's folder, and .*{folder.name} is none; leave the option out",
+        )
+
+
 def test_bad_weights_are_named(tmp_path):
     out = tmp_path / "out"
     refused(

@@ -197,6 +197,13 @@ def test_a_trace_of_steps_3_to_5_is_written_and_what_took_longest_is_said(run, t
     assert {name for name in names if name.startswith("ProfilerStep#")} == {f"ProfilerStep#{i}" for i in (3, 4, 5)}
 
 
+def test_a_run_too_short_for_a_trace_says_so(run, tmp_path):
+    result = run(max_iters=3, profile=True)
+    assert result.status == 0
+    assert "--profile has no effect: it records from step 3 of a call on, and this one makes 3" in result.out
+    assert not (tmp_path / "out" / "profile.json").exists()
+
+
 # ----------------------------------------------------------------------------------------------------- steps gone wrong
 
 

@@ -18,11 +18,15 @@ SHOWN = 10
 WAITING = "waiting for data"
 
 
-def trace(path: Path, say: Callable[[str], object]) -> profiler.profile:
+def trace(path: Path, steps: int, say: Callable[[str], object]) -> profiler.profile | None:
     """A profiler to enter, and to tell of each step with `step()`: steps 3 to 5 go to `path`, and their `summary` to `say`.
 
-    The file is read by chrome://tracing and https://ui.perfetto.dev. A shorter run leaves what it recorded, if anything.
+    The file is read by chrome://tracing and https://ui.perfetto.dev. steps: that this call makes. Where they end before the last
+    of those the trace has what was recorded; where they end before the first there is no profiler, and that is said.
     """
+    if steps <= FIRST:
+        say(f"--profile has no effect: it records from step {FIRST} of a call on, and this one makes {max(steps, 0)}")
+        return None
     return profiler.profile(
         acc_events=True,  # there is one cycle, and torch 2.11 warns of losing others
         schedule=profiler.schedule(wait=FIRST - 1, warmup=1, active=COUNT, repeat=1),
