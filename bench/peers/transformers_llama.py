@@ -1,6 +1,5 @@
-"""Hugging Face's Llama of equal size: an optional peer, `pip install '.[bench]'` (transformers 5 or newer)."""
+"""Hugging Face's Llama of equal size: an optional peer, `pip install '.[bench]'` (transformers 4.45 or newer)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +22,11 @@ class TransformersLlama(nn.Module):
                 "high_freq_factor": config.rope_high_freq_factor,
                 "original_max_position_embeddings": config.rope_original_max_seq_len,
             }
+        if int(transformers.__version__.partition(".")[0]) >= 5:
+            rope = {"rope_parameters": rope}
+        else:  # theta apart, and no scaling where there is none
+            theta = rope.pop("rope_theta")
+            rope = {"rope_theta": theta, "rope_scaling": rope if len(rope) > 1 else None}
         theirs = transformers.LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.dim,
@@ -33,12 +37,10 @@ class TransformersLlama(nn.Module):
             max_position_embeddings=config.max_seq_len,
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tie_embeddings,
-            rope_parameters=rope,
             use_cache=False,
+            **rope,
         )
-        self.llama = transformers.AutoModelForCausalLM.from_config(
-            theirs, attn_implementation="sdpa", dtype=torch.float32
-        )
+        self.llama = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="sdpa").float()
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of (B, T) tokens against (B, T) targets."""

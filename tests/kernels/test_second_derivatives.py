@@ -36,7 +36,8 @@ def cases():
 
 
 def test_every_op_has_a_case():
-    assert set(cases()) == {field.name for field in fields(kernels.Ops)}
+    without_a_gradient = {"decode_attention"}  # tests/kernels/test_decode_attention.py
+    assert set(cases()) == {field.name for field in fields(kernels.Ops)} - without_a_gradient
 
 
 def second(ops, name, dtype):

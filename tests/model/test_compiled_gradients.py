@@ -32,6 +32,7 @@ def gradients(compile_step, dtype, spec) -> dict[str, torch.Tensor]:
     loss = loss_sum(tokens.contiguous().to(DEVICE), targets.contiguous().to(DEVICE), None, scale)
     loss.backward(scale)
     flat = trainer.flat
+    flat.finish_gradients()  # those of norms are in rows
     return {name: flat.view(flat.gradients, name).clone() for name, _ in trainer.model.named_parameters()}
 
 

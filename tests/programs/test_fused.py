@@ -108,6 +108,9 @@ def test_many_processes_are_told_that_their_step_is_not_captured(run, tmp_path, 
         def totals(self, *counts, at="", patiently=False):
             return [int(count) for count in counts]
 
+        def gather(self, value, *, patiently=False):
+            return [value]
+
         def wait(self, at="", *, patiently=False):
             pass
 
