@@ -102,6 +102,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     metrics = profiler = None
     if world.is_main:
         notes = [*describe(dataset), f"weights from {config.weights}" if config.weights else resume_note, *remarks]
+        notes.append(evaluation.remark)
         if config.parallel != "ddp" and world.size == 1:
             notes.append(f"--parallel {config.parallel}: the one process has the whole model")
         if running.fused and config.capture and world.size > 1:

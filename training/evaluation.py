@@ -11,6 +11,7 @@ from model.sampling import Sampling
 from training.config import TrainConfig
 from training.data.batches import Batch, Batches, prefetch
 from training.data.shards import Dataset
+from training.data.tokens_of_others import TokensOfOthers
 from training.distributed import World
 from training.errors import UserError
 from training.log.metrics import Metrics
@@ -22,6 +23,9 @@ from training.stopping import Stopped, StopSignal
 class Evaluation:
     """Measures a model on the same batches each time: the first `eval_iters` of each split, or all where it has fewer.
 
+    Attributes:
+        remark: what there is to say of it before it is made, or nothing.
+
     Raises UserError where a split has less than one batch, or --sample-prompt is no text.
     """
 
@@ -32,10 +36,18 @@ class Evaluation:
         try:
             self._val = Batches.of_run(config, dataset.val, 1)
         except UserError as error:
-            own = config.data == "tinystories"  # which has a validation split of its own
+            # These have a validation split of their own.
+            own = config.data == "tinystories" or isinstance(dataset.val, TokensOfOthers)
             more = "" if own else f", or hold more of it out: --val-fraction is {config.val_fraction}"
             raise UserError(f"{error}{more}") from None
-        self._prompt = [dataset.tokenizer.bos_id, *dataset.tokenizer.encode(config.sample_prompt)]
+        prompt = [dataset.tokenizer.bos_id, *dataset.tokenizer.encode(config.sample_prompt)]
+        longest = config.max_seq_len - 1
+        self._prompt = prompt[:longest]
+        self.remark = ""
+        if config.sample_tokens and len(prompt) > longest:
+            self.remark = (
+                f"--sample-prompt has {len(prompt)} tokens: samples continue the first {longest} (--max-seq-len)"
+            )
 
     def report(self, progress: Progress, metrics: Metrics | None, stop: StopSignal) -> bool:
         """Report the losses and, in the process that has the metrics, a sample. Whether validation is better than ever before.
@@ -88,7 +100,6 @@ class Evaluation:
     def sample(self, model: Llama) -> str:
         """Text that the model writes after --sample-prompt, the prompt included."""
         config, tokenizer = self._config, self._dataset.tokenizer
-        prompt = self._prompt[: config.max_seq_len - 1]
         sampling = Sampling(temperature=0.8)
-        (new,) = generation.generate(model, [prompt], config.sample_tokens, sampling, seed=config.seed)
-        return tokenizer.decode(prompt[1:] + new)
+        (new,) = generation.generate(model, [self._prompt], config.sample_tokens, sampling, seed=config.seed)
+        return tokenizer.decode(self._prompt[1:] + new)

@@ -102,6 +102,13 @@ def test_a_sample_continues_its_prompt_and_can_be_left_out(run, tmp_path):
     assert [line["sample"] for line in records(tmp_path / "out", "eval")] == [None, None]
 
 
+def test_a_sample_continues_the_beginning_of_a_prompt_that_is_too_long_and_says_so(run):
+    said = r"^--sample-prompt has (\d+) tokens: samples continue the first (\d+) \(--max-seq-len\)$"
+    (found,) = re.findall(said, run(max_iters=1, sample_prompt="the cat " * 30, sample_tokens=3).out, re.M)
+    assert int(found[0]) > TINY["max_seq_len"] == int(found[1]) + 1
+    assert not re.search(said, run(max_iters=1, sample_prompt="the cat " * 30, sample_tokens=0).out, re.M)
+
+
 def test_the_curve_and_the_events_are_drawn(finished):
     out_dir, _ = finished
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")

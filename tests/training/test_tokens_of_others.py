@@ -172,3 +172,17 @@ def test_tokens_beside_the_records_they_are_of_are_chosen_by_name(tmp_path, toke
     assert prepare(str(folder), data_files="*.bin", **options).train.n_documents == len(STORIES)
     texts = prepare(str(folder), data_files="*.json", **options)
     assert texts.train.n_documents + texts.val.n_documents == 2 * len(STORIES)
+
+
+def test_a_validation_split_of_theirs_that_is_too_short_is_not_blamed_on_an_option_of_ours(
+    theirs, tokenizer_file, tmp_path
+):
+    folder, _, tokens = theirs
+    val = next(path for path in sorted(folder.glob("*.bin")) if path.name in ("val.bin", "data00.bin"))
+    bos_id = load_tokenizer(tokenizer_file).bos_id
+    np.array([*tokens["val"][:8], bos_id], "<u2").tofile(val)
+    words = {"data": folder, "tokenizer": tokenizer_file, "out_dir": tmp_path / "out", "vocab_size": 300}
+    result = call(train, arguments(**TINY | words))
+    assert result.status == 2
+    assert "the val split" in result.err
+    assert "--val-fraction" not in result.err
