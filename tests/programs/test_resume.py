@@ -175,7 +175,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in records(folder, "step")]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_kernels_and_their_optimizer_resume_to_the_bit(whole, tmp_path, dtype):
     options = {"kernels": "all", "device": kt.DEVICE, "dtype": dtype}
     uninterrupted = whole(dim=32, batch_size=2, eval_iters=1, **options)
