@@ -70,7 +70,8 @@ def test_runs_share_the_data_and_differ_in_what_they_are_called(options, console
     assert by_run["plain", 1337][0] == by_run["plain+muon", 1337][0]  # before the first step they are one model
     assert by_run["plain", 1337][1][2] != by_run["plain+muon", 1337][1][2]
     assert by_run["plain", 1337][0] != by_run["plain", 1338][0]
-    assert result["target"] == max(min(loss for *_, loss in by_run["plain", seed]) for seed in (1337, 1338))
+    worst = max(min(loss for *_, loss in by_run["plain", seed]) for seed in (1337, 1338))
+    assert 0 <= result["target"] - worst < 0.001
     assert all(row["steps_to_target"] is not None for row in result["rows"] if row["run"] == "plain")
     assert json.loads(path.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     text = console.file.getvalue()
