@@ -15,7 +15,7 @@ def test_two_processes_train_evaluate_and_sample_as_one_and_either_goes_on(tmp_p
     options |= {"decay_lr": False, "warmup_iters": 0}
     one, two = tmp_path / "one", tmp_path / "two"
     assert call(train, arguments(**options, out_dir=one)).status == 0
-    fsdp = {"out_dir": two, "parallel": "fsdp"}
+    fsdp = {"out_dir": two, "parallel": "fsdp", "check_steps": 2}
     results = [finish(process) for process in start_many(arguments(**options | fsdp | {"max_iters": 2}))]
     assert [result.status for result in results] == [0, 0], results
     assert results[1] == Result(0, "", "")

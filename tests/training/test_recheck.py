@@ -136,17 +136,17 @@ def test_a_step_that_was_made_twice_is_the_step(dtype, options):
 
 def plant(setattr, step: int, backward_pass: bool = False) -> None:
     """Makes layer 1's SwiGLU wrong once: in the first making of this step, where no earlier one is made twice."""
-    build, take_step, steps = Trainer.__init__, Trainer.step, iter(range(100))
+    set_up, take_step, steps = Trainer._set_up, Trainer.step, iter(range(100))
 
-    def build_and_plant(self, model, *rest, **options):
+    def set_up_and_plant(self, model, *rest):
         planted(model)
-        build(self, model, *rest, **options)
+        set_up(self, model, *rest)
 
     def step_and_arm(self, *batch):
         WrongOnce.plant(1 if next(steps) == step else 0, backward_pass)
         return take_step(self, *batch)
 
-    setattr(Trainer, "__init__", build_and_plant)
+    setattr(Trainer, "_set_up", set_up_and_plant)
     setattr(Trainer, "step", step_and_arm)
 
 
@@ -197,8 +197,9 @@ train.main()
 
 
 @pytest.mark.slow
-def test_of_many_processes_the_one_that_is_wrong_is_named(tmp_path, text):
-    options = {"gradient_accumulation_steps": 2, "check_steps": 4, "out_dir": tmp_path / "out"}
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_of_many_processes_the_one_that_is_wrong_is_named(tmp_path, text, parallel):
+    options = {"gradient_accumulation_steps": 2, "check_steps": 4, "out_dir": tmp_path / "out", "parallel": parallel}
     results = [finish(p) for p in start_many(arguments(**RUN | text | options), code=ONE_IS_WRONG)]
     assert [result.status for result in results] == [1, 1], results
     err = "".join(result.err for result in results)

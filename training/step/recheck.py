@@ -96,12 +96,12 @@ class Rechecked:
             else:
                 result = trainer.step(micro_batches, valid_tokens, lr)
         self._add(sums, "the loss", result.loss)
-        gradients = kept[0] if kept else trainer.flat.gradients
+        gradients = kept[0] if kept else trainer.gradients()
         for name in _in_backward_order(trainer.model):
-            self._add(sums, f"the gradient of {name}", trainer.flat.view(gradients, name))
+            self._add(sums, f"the gradient of {name}", gradients[name])
         self._add(sums, "the gradient's norm", result.grad_norm)
         for name in _in_backward_order(trainer.model):
-            self._add(sums, f"the parameter {name}", trainer.flat.view(trainer.flat.values, name))
+            self._add(sums, f"the parameter {name}", trainer.here(trainer.model.get_parameter(name)))
         for i, x in enumerate(trainer.state()):
             self._add(sums, f"the optimizer's state ({i})", x)
         return _Made(result, sums)
@@ -175,11 +175,11 @@ def _in_backward_order(model: Llama) -> list[str]:
 @contextmanager
 def _gradients_kept(trainer: Trainer):
     """Gives a list that gets the gradients of a step as they were before the update, which may scale them; none if captured."""
-    kept: list[Tensor] = []
+    kept: list[dict[str, Tensor]] = []
     update = trainer.optimizer.update
 
     def keep(factor: Tensor, skip: Tensor) -> None:
-        kept.append(trainer.flat.gradients.clone())
+        kept.append({name: gradient.clone() for name, gradient in trainer.gradients().items()})
         update(factor, skip)
 
     if not trainer.captures:

@@ -106,6 +106,12 @@ class ShardedTrainer(Trainer):
     def _finish_gradients(self) -> None:
         pass
 
+    def state(self) -> list[Tensor]:
+        """As in `Trainer`, of the rows that are here."""
+        parameters, scale = self.optimizer.parameters, self.loss_scale
+        of_optimizer = [x for state in self.optimizer.state.values() for x in state.values()]
+        return [*map(self.here, parameters), scale.scale, scale.growth_tracker, *of_optimizer]
+
     def replay(self, micro_batches: Iterable[MicroBatch], valid_tokens: int) -> Tensor:
         """As in `Trainer`; the gradients of matrices are those of all processes."""
         with torch.compiler.set_stance("force_eager"):

@@ -6,6 +6,7 @@ a view of the tensor it belongs to, so that it is the one of this op alone, whoe
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -87,7 +88,10 @@ def watching(model: Llama, see: See) -> Iterator[None]:
             for name in PRODUCTS:
                 module = getattr(layer, name)
                 module.forward = _watched_product(module, i, name, see)
-        yield
+        with warnings.catch_warnings():
+            # FSDP warns of what would happen if somebody wrote into the view of a layer's result. Nobody does.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+            yield
     finally:
         model.ops = ops
         for layer in model.layers:
