@@ -8,7 +8,7 @@ import torch
 
 import kernels
 from tests.support import kernel_testing as kt
-from tests.support.run_testing import records
+from tests.support.run_testing import TINY, arguments, finish, records, start_many
 from tests.support.step_testing import make_trainer, micro_batches
 from training.step.explain import explain
 from training.step.optimizer import LossScale
@@ -48,10 +48,13 @@ def plant(trainer: Trainer, layer: int, **ops) -> None:
     model.ops = tuple(replace(of, **ops) if place == layer else of for place, of in enumerate(model.ops))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    [(torch.float32, "none"), (torch.float32, "full"), (torch.float16, "none"), (torch.float16, "selective")],
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_kernel_that_divides_by_zero_is_named(dtype, direction):
-    trainer = make_trainer(dtype)
+def test_a_kernel_that_divides_by_zero_is_named(dtype, recompute, direction):
+    trainer = make_trainer(dtype, recompute=recompute)
     plant(trainer, 1, swiglu=lambda gate_up: Wrong.apply(gate_up, direction == "backward"))
     lines = explained(trainer)
     name = "y" if direction == "forward" else "gradient of gate_up"
@@ -124,7 +127,7 @@ def test_a_parameter_that_its_copy_cannot_hold_is_named():
     ],
 )
 def test_what_is_watched_computes_to_the_bit_as_ever_and_is_put_back(dtype, spec, recompute):
-    trainer = make_trainer(dtype, spec, device=kt.DEVICE, activation_checkpointing=recompute)
+    trainer = make_trainer(dtype, spec, device=kt.DEVICE, recompute=recompute)
     batches = micro_batches(0, count=1, rows=2, length=16)
     ops = trainer.model.ops
     loss, sights = trainer.replay(batches, 32), []
@@ -204,3 +207,35 @@ def test_explaining_changes_no_loss(run, tmp_path, monkeypatch):
     notes = [line["text"] for line in records(tmp_path / "out3", "note") if "was skipped" in line["text"]]
     assert 1 <= len(notes) <= 3
     assert all("first not finite: " in note and ", backward, " in note for note in notes)
+
+
+ONE_DIVIDES = """
+import os, train
+from tests.training.test_explain import Wrong, plant
+from training.step.trainer import Trainer
+swiglu, set_up = lambda gate_up: Wrong.apply(gate_up, False), Trainer._set_up
+def set_up_and_plant(self, *given):
+    set_up(self, *given)
+    if os.environ["RANK"] == "1":
+        plant(self, 1, swiglu=swiglu)
+Trainer._set_up = set_up_and_plant
+train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_of_many_processes_the_one_whose_op_it_is_is_named(tmp_path, text, parallel):
+    """Shares of the gradient are spoilt on all of them."""
+    options = {
+        "gradient_accumulation_steps": 2,
+        "max_skipped_steps": 1,
+        "out_dir": tmp_path / "out",
+        "parallel": parallel,
+    }
+    options |= {"activation_checkpointing": "full", "eval_iters": 1}
+    results = [finish(p) for p in start_many(arguments(**TINY | text | options), code=ONE_DIVIDES)]
+    assert [result.status for result in results] == [1, 1], results
+    assert "step 0 was skipped; done again op by op, from the same parameters (rank 1):\n" in results[0].out
+    assert "first not finite: layer 1, swiglu, forward, gives y: 1 of " in results[0].out
+    assert "the kernel is to blame" in results[0].out

@@ -67,10 +67,12 @@ class Skips:
         with torch.random.fork_rng(devices):
             if self._config.dropout:
                 seed_step(self._config.seed, step, self._world.rank)
+            # The passes of shares of a model are all processes' or none's; and a sum may be spoilt by what another one's op gave.
             found = _of_parameters(self._trainer)
-            # The passes of shares of a model are all processes' or none's.
             if not any(self._world.gather(bool(found))):
-                found = explain(self._trainer, micro_batches, valid)
+                found, loss = _of_ops(self._trainer, micro_batches, valid)
+                if not any(self._world.gather(bool(found))):
+                    found = _of_sums(self._trainer, loss)
         scale.div_(halvings)
         by_rank = self._world.gather(found)
         rank = next((rank for rank, of in enumerate(by_rank) if of), 0)
@@ -108,11 +110,20 @@ def explain(trainer: Trainer, micro_batches: Sequence[MicroBatch], valid_tokens:
     """
     if found := _of_parameters(trainer):
         return found
+    found, loss = _of_ops(trainer, micro_batches, valid_tokens)
+    return found or _of_sums(trainer, loss)
+
+
+def _of_ops(trainer: Trainer, micro_batches: Sequence[MicroBatch], valid_tokens: int) -> tuple[list[str], Tensor]:
+    """What an op gave that is not finite, and the loss."""
     first = _First()
     with watching(trainer.model, first.see):
         loss = trainer.replay(micro_batches, valid_tokens)
-    if first.found:
-        return _lines(first.found, trainer)
+    return _lines(first.found, trainer) if first.found else [], loss
+
+
+def _of_sums(trainer: Trainer, loss: Tensor) -> list[str]:
+    """What is not finite though all that the ops gave is."""
     if _bad(loss):
         return [f"the loss is {loss.item()}, though all that the ops give is finite"]
     gradients = {name: gradient for name, gradient in trainer.gradients().items() if gradient.numel()}
@@ -240,7 +251,8 @@ def _not_again(config: TrainConfig, trainer: Trainer) -> str:
 
 
 def _bad(x: Tensor) -> bool:
-    return not bool(x.isfinite().all())
+    # Detached: what autograd kept of this would be missed where the pass is done again (activation checkpointing).
+    return not bool(x.detach().isfinite().all())
 
 
 def _count(x: Tensor) -> str:
