@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from training import launcher
 from training.errors import UserError, fail
@@ -104,6 +104,9 @@ class StopSignal:
     From then on the first one sets `asked`. What comes after it changes nothing, as a launcher that passes signals on may make
     two of one; but where no torchrun does so a second Ctrl-C unwinds, unless that would cut off what is `finishing`.
 
+    Python drops what is raised in a finalizer or the callback of a weak reference, and torch.compile spends long in those: a
+    signal that met one is sent again.
+
     Attributes:
         asked: whether the run should stop.
         begun: to be set once a step has been done.
@@ -111,13 +114,18 @@ class StopSignal:
 
     def __init__(self):
         self.asked = self.begun = False
-        self._finishing = self._interrupting = False
+        self._finishing = self._interrupting = self._dropped = False
+        self._unwinding: BaseException | None = None
+        self._number = 0
 
     def __enter__(self) -> "StopSignal":
         self._former = {number: signal.signal(number, self._answer) for number in _heeded()}
+        self._former_hook, sys.unraisablehook = sys.unraisablehook, self._on_dropped
         return self
 
     def __exit__(self, *_) -> None:
+        sys.unraisablehook = self._former_hook
+        self._unwinding, self._dropped = None, False
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -148,13 +156,31 @@ class StopSignal:
             self._interrupting = False
 
     def _answer(self, number: int, _: FrameType | None) -> None:
-        again, self.asked = self.asked, True
+        again, dropped, self.asked, self._dropped = self.asked, self._dropped, True, False
         if self._finishing:
             return
         if self.begun and self._interrupting:
-            raise Stopped
+            self._unwind(Stopped(), number)
         if number == signal.SIGINT:
-            if not self.begun or (again and not launcher.by_torchrun()):
-                raise KeyboardInterrupt
-        elif not self.begun and not again:
-            sys.exit(128 + number)
+            if not self.begun or (again and not dropped and not launcher.by_torchrun()):
+                self._unwind(KeyboardInterrupt(), number)
+        elif not self.begun and (dropped or not again):
+            self._unwind(SystemExit(128 + number), number)
+
+    def _unwind(self, error: BaseException, number: int) -> NoReturn:
+        self._unwinding, self._number = error, number
+        raise error
+
+    def _on_dropped(self, unraisable) -> None:
+        """Answers, as `sys.unraisablehook`, what Python drops: of our own there is nothing to say."""
+        if self._unwinding is None or unraisable.exc_value is not self._unwinding:
+            return self._former_hook(unraisable)
+        self._unwinding, self._dropped = None, True
+        # A moment later, when the finalizer has returned: what is raised within this hook would be dropped too.
+        timer = threading.Timer(0.01, self._send_again)
+        timer.daemon = True
+        timer.start()
+
+    def _send_again(self) -> None:
+        if self._dropped:
+            signal.pthread_kill(threading.main_thread().ident, self._number)  # a sleep wakes up by it

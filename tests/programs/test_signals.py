@@ -113,6 +113,37 @@ def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, text, number,
     assert step_folders(tmp_path / "out") == []
 
 
+FINALIZER = """
+import weakref
+class Held: pass
+def callback(_):
+    hold(2)
+def in_a_callback():
+    held = Held()
+    reference = weakref.ref(held, callback)
+    del held
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_meets_the_callback_of_a_weak_reference_ends_the_run_at_once(tmp_path, text, number, status):
+    """Python drops what is raised in there; torch.compile's guards and caches have many."""
+    patch = FINALIZER + FIRST_STEP.replace("hold()", "in_a_callback()")
+    result, seconds = end(begin(tmp_path, text, patch), number)
+    assert (result.status, result.err) == (status, "")
+    assert seconds < SOON
+    assert step_folders(tmp_path / "out") == []
+
+
+def test_a_signal_that_meets_the_callback_of_a_weak_reference_leaves_an_evaluation(tmp_path, text):
+    patch = FINALIZER + EVALUATION.replace("hold()", "in_a_callback()")
+    result, seconds = end(begin(tmp_path, text, patch), signal.SIGTERM)
+    assert (result.status, result.err) == (0, "")
+    assert seconds < SOON
+    assert checkpoint.load(tmp_path / "out").step == 6
+
+
 @pytest.mark.slow
 def test_a_signal_while_torch_compiles_ends_the_run_at_once(tmp_path, text):
     """It does for far more than three seconds, of the first evaluation, and each step after it takes a few milliseconds."""
