@@ -114,9 +114,10 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
             metrics.open()
         graph = ", one CUDA graph a step" if trainer.captures else ""
         metrics.note(
-            f"{config.preset}: {flops.parameters(config):,} parameters on {name_of(device)}, {str(dtype).removeprefix('torch.')}, "
-            f"kernels {running.kernel_spec}{graph}; {dataset.train.n_tokens:,} tokens to train on, "
-            f"{batches.tokens_per_step:,} a step, {batches.steps_per_epoch:.1f} steps an epoch"
+            f"{config.model_name}: {flops.parameters(config):,} parameters on {name_of(device)}, "
+            f"{str(dtype).removeprefix('torch.')}, kernels {running.kernel_spec}{graph}; "
+            f"{dataset.train.n_tokens:,} tokens to train on, {batches.tokens_per_step:,} a step, "
+            f"{batches.steps_per_epoch:.1f} steps an epoch"
         )
         if packed:
             metrics.note(

@@ -190,6 +190,14 @@ class TrainConfig(LlamaConfig):
         return "" if self.init_from in ("scratch", "resume") else self.init_from
 
     @property
+    def model_name(self) -> str:
+        """The preset where the model has its shape; else layers and width, which options or --init-from's weights may give."""
+        preset = LlamaConfig(**SHAPES[self.preset])
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")
+        alike = all(getattr(self, name) == getattr(preset, name) for name in names)
+        return self.preset if alike else f"{self.n_layers} layers of width {self.dim}"
+
+    @property
     def kernel_spec(self) -> str:
         """The kernel selection that --fused and --kernels make together."""
         return ",".join(part for part in ("all" if self.fused else "", self.kernels) if part) or "none"

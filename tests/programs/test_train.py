@@ -53,7 +53,7 @@ def test_the_log_has_a_line_of_the_reference_at_each_interval(finished):
 def test_the_first_line_says_what_is_trained_where_and_on_how_much(finished, text):
     first = finished[1].out.splitlines()[0]
     parameters = 300 * 16 + 2 * (16 * 32 + 16 * 16 + 3 * 16 * 64 + 2 * 16) + 16
-    assert first.startswith(f"smoke: {parameters:,} parameters on cpu, float32, kernels none; ")
+    assert first.startswith(f"2 layers of width 16: {parameters:,} parameters on cpu, float32, kernels none; ")
     assert "64 a step" in first
 
 

@@ -80,6 +80,14 @@ def test_a_preset_sets_the_shape_and_the_run(preset):
         assert getattr(config, name) == value
 
 
+def test_a_model_is_named_by_its_preset_only_where_it_has_its_shape():
+    assert defaults("smoke").model_name == "smoke"
+    assert dataclasses.replace(defaults("smoke"), vocab_size=300, max_seq_len=32).model_name == "smoke"
+    assert dataclasses.replace(defaults("smoke"), ffn_dim=64).model_name == "4 layers of width 128"
+    llama = TrainConfig(**vars(LlamaConfig(**PRESETS["llama3.1-8b"])), init_from="weights/llama")
+    assert (llama.preset, llama.model_name) == ("reference", "32 layers of width 4096")
+
+
 def test_the_help_of_presets_lists_them_all(capsys):
     with pytest.raises(SystemExit) as caught:
         parse(["--help"])

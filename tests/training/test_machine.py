@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.config import preset
 from training import machine
 from training.config import TrainConfig, defaults
 from training.errors import UserError
@@ -22,6 +23,19 @@ def test_a_model_larger_than_memory_is_refused_with_both_sizes(monkeypatch):
         "--preset llama3.1-70b has 70,553,706,496 parameters, which with gradients and the optimizer's moments take 1,051.3 GiB, "
         "and cpu has 16.0; choose a smaller --preset, or lower --n-layers, --dim or --vocab-size"
     )
+
+
+def test_weights_larger_than_memory_are_refused_by_their_own_name(monkeypatch):
+    """Not by that of the preset, whose shape is not theirs."""
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 16 * 2**30)
+    shape = preset("llama3.1-8b")
+    config = TrainConfig(**vars(shape), init_from="weights/llama")
+    with pytest.raises(
+        UserError, match=r"^the model of weights/llama has 8,030,261,248 parameters.*; take a smaller model$"
+    ):
+        machine.require_memory(config, CPU)
+    with pytest.raises(UserError, match=r"^--preset llama3\.1-8b has"):
+        machine.require_memory(defaults("llama3.1-8b"), CPU)
 
 
 def test_processes_that_share_a_memory_are_counted(monkeypatch):
