@@ -189,6 +189,12 @@ def test_more_skipped_steps_are_explained_on_request_and_none_where_it_is_off(ru
     assert not [line for line in records(tmp_path / "out", "note") if "was skipped" in line["text"]]
 
 
+def test_of_steps_that_are_skipped_in_a_row_each_is_explained(run, tmp_path, divides):
+    assert run(explain_skips=2).status == 0
+    notes = [line["text"] for line in records(tmp_path / "out", "note") if "was skipped" in line["text"]]
+    assert [note.partition(";")[0] for note in notes] == ["step 4 was skipped", "step 5 was skipped"]
+
+
 def test_explaining_changes_no_loss(run, tmp_path, monkeypatch):
     build = LossScale.__init__
 
@@ -239,3 +245,45 @@ def test_of_many_processes_the_one_whose_op_it_is_is_named(tmp_path, text, paral
     assert "step 0 was skipped; done again op by op, from the same parameters (rank 1):\n" in results[0].out
     assert "first not finite: layer 1, swiglu, forward, gives y: 1 of " in results[0].out
     assert "the kernel is to blame" in results[0].out
+
+
+OF_SHARES = """
+import torch
+from tests.support.step_testing import TINY, micro_batches
+from training.config import TrainConfig
+from training.distributed import joined
+from training.step.explain import explain
+from training.step.start import new_trainer
+
+def explained(world, scale, **options):
+    config = TrainConfig(**TINY, gradient_accumulation_steps=2, parallel="fsdp", **options)
+    torch.manual_seed(0)
+    trainer = new_trainer(config, world, torch.device("cpu"), torch.float16)
+    trainer.loss_scale.scale.fill_(scale)
+    if scale == 2.0:
+        trainer.here(trainer.model.layers[0].wo.weight).fill_(1e6)
+    if scale == 1.0:
+        for product in ("wqkv", "wo"):
+            trainer.here(getattr(trainer.model.layers[0], product).weight).mul_(5e4)
+    lines = explain(trainer, micro_batches(world.rank, 1), 256)
+    if world.is_main:
+        print(*lines, "", sep="\\n")
+
+torch.set_num_threads(1)
+with joined(TrainConfig(**TINY, gradient_accumulation_steps=2, device="cpu")) as world:
+    explained(world, 1.0)
+    explained(world, 2.0)
+    explained(world, 2.0**40, tie_embeddings=False, activation_checkpointing="full")
+"""
+
+
+def test_what_a_product_of_shares_gives_is_explained():
+    """though its matrix, which was gathered for its layer's pass, is freed by then: reading it ended the run (SIGSEGV)."""
+    results = [finish(process) for process in start_many([], code=OF_SHARES)]
+    assert [result.status for result in results] == [0, 0], results
+    forward, parameter, backward = results[0].out.split("\n\n")[:3]
+    assert forward.startswith("first not finite: layer 0, wo, forward, gives y: ")
+    assert "more than float16 holds" in forward
+    assert parameter == "the parameter layers.0.wo.weight is up to 1e+06, more than float16 holds (6.55e+04)"
+    assert re.match(r"first not finite: .*, backward, gives gradient of \w+: ", backward)
+    assert "the loss scale of the step made it so large" in backward

@@ -7,7 +7,8 @@ done twice more with what it was given: by its torch twin, and in float64.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,19 +50,20 @@ class Skips:
         if self._progress.skipped == self._seen or not self._left:
             return
         under_way.finish()
-        self._seen = self._progress.skipped
+        new, self._seen = self._progress.skipped - self._seen, self._progress.skipped
         in_a_row = self._progress.skipped_in_a_row
         if not in_a_row:  # the step after it was under way already, and has changed the parameters
             under_way.lag = 0
             self._note(["a step was skipped; the next one that is will be explained"])
             return
         self._left -= 1
-        # Those in a row all had the same parameters: the first of them is explained, with the loss scale that it had.
-        step = self._progress.step - in_a_row
+        # Those in a row all had the same parameters: the first new one of them is explained, with the loss scale that it had.
+        back = min(in_a_row, new)
+        step = self._progress.step - back
         micro_batches, valid = self._load(step)
         (valid,) = self._world.totals(valid, at=f"the explanation of step {step}")
         scale = self._trainer.loss_scale.scale
-        halvings = 2.0**in_a_row if self._trainer.loss_scale.enabled else 1.0
+        halvings = 2.0**back if self._trainer.loss_scale.enabled else 1.0
         scale.mul_(halvings)
         devices = [self._trainer.device] if self._trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -95,11 +97,12 @@ def _of_parameters(trainer: Trainer) -> list[str]:
                 f"the parameter {name} itself has {_count(here)}",
                 "go on from an earlier checkpoint: --init-from resume --which",
             ]
-    for name, copy in model.compute_copies().items():
-        if _bad(copy):
-            largest = model.get_parameter(name).abs().max().item()
-            limit = torch.finfo(copy.dtype).max
-            return [f"the parameter {name} is up to {largest:.3g}, more than {_name(copy.dtype)} holds ({limit:.3g})"]
+    copies, dtype = model.compute_copies(), model.compute_dtype
+    for name in model.weights():
+        here = trainer.here(model.get_parameter(name))
+        if _bad(copies[name] if copies else here.to(dtype)):  # of shares FSDP gathers copies, anew in each pass
+            limit = torch.finfo(dtype).max
+            return [f"the parameter {name} is up to {_largest(here):.3g}, more than {_name(dtype)} holds ({limit:.3g})"]
     return []
 
 
@@ -161,6 +164,7 @@ class _First:
             return
         for name, x in sight.tensors.items():
             if _bad(x):
+                sight = replace(sight, call=replace(sight.call, arguments=_kept(sight.call.arguments)))
                 self.found = _Found(sight, name, x.detach().clone(), tuple(self._before), self._given)
                 return
         sizes = ", ".join(f"{name} {_largest(x):.3g}" for name, x in sight.tensors.items() if name not in SUMS)
@@ -168,6 +172,16 @@ class _First:
             self._before.append(f"{sight.call} {sizes}")
         else:
             self._given = sizes
+
+
+def _kept(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, copied: what FSDP gathers is freed after its layer's pass, and reading it then is a fault."""
+
+    def copied(x: Any) -> Any:
+        floats = isinstance(x, Tensor) and x.is_floating_point()
+        return x.detach().clone().requires_grad_(x.requires_grad) if floats else x
+
+    return {name: copied(x) for name, x in arguments.items() if name not in SUMS}
 
 
 def _lines(found: _Found, trainer: Trainer) -> list[str]:
@@ -221,7 +235,7 @@ def _in_float64(call: Call) -> Callable:
 @torch.enable_grad()
 def _again(function: Callable, sight: Sight, double: bool = False) -> list[Tensor]:
     """What a function makes of a call's arguments: its results, or where the sight is of a backward pass their gradients."""
-    arguments = {name: x for name, x in sight.call.arguments.items() if name not in SUMS}
+    arguments = dict(sight.call.arguments)
     if double:
         compute_weight = arguments.pop("compute_weight", None)
         if compute_weight is not None:  # what was read in the weight's stead
