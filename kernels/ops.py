@@ -66,6 +66,19 @@ FUSED = {(rope_triton, attention_triton): rope_attention_triton}
 FIELDS: dict[str, tuple[str, ...]] = {switch: (switch,) for switch in (*grammar.LAYER_SWITCHES, *grammar.OUT_SWITCHES)}
 FIELDS |= {"rms_norm": ("rms_norm", "add_rms_norm")}
 
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("y",),
+    "add_rms_norm": ("y", "summed"),
+    "rope": ("q", "k", "v"),
+    "swiglu": ("y",),
+    "attention": ("o",),
+    "rope_attention": ("o",),
+    "decode_attention": ("o",),
+    "embedding": ("x",),
+    "linear_cross_entropy": ("loss",),
+}
+"""What each field of Ops returns, by the names that its file has for it."""
+
 
 TORCH = Ops(
     rms_norm=rms_norm_torch,

@@ -65,7 +65,6 @@ SHEETS = {
             **kernel(adamw_triton),
         },
         sizes=("reference", "124m", "llama3.2-1b"),
-        outputs=(),
         calls=lambda c: 0,
     ),
 }

@@ -208,7 +208,6 @@ SHEETS = {
             **kernel(kernels.TRITON.attention),
         },
         sizes=(*HEADS, *PRESETS),
-        outputs=("o",),
     ),
     "packed_attention": Sheet(
         packed_attention,
@@ -220,14 +219,12 @@ SHEETS = {
             **kernel(kernels.TRITON.attention),
         },
         sizes=tuple(HEADS),
-        outputs=("o",),
         calls=lambda c: 0,
     ),
     "rope_attention": Sheet(
         rope_attention,
         twins(kernels.TORCH.rope_attention) | kernel(kernels.TRITON.rope_attention),
         sizes=("reference", "124m", "llama3.2-1b"),
-        outputs=("o",),
         calls=lambda c: 0,  # counted as the two that it is
     ),
     "decode_attention": Sheet(
@@ -238,7 +235,6 @@ SHEETS = {
             **kernel(kernels.TRITON.decode_attention),
         },
         sizes=("reference", *HEADS),
-        outputs=("o",),
         calls=lambda c: 0,  # no part of a training step
     ),
 }

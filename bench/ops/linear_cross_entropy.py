@@ -96,7 +96,6 @@ SHEETS = {
             **kernel(kernels.TRITON.linear_cross_entropy),
         },
         sizes=("8192x2048", "reference", "124m", "350m", "llama3.2-1b", "llama3.2-3b", "llama3.1-8b"),
-        outputs=("loss",),
         calls=lambda c: 1,
         launched=as_in_the_model,
     ),

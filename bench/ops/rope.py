@@ -21,6 +21,5 @@ SHEETS = {
     "rope": Sheet(
         rope,
         twins(kernels.TORCH.rope) | of_liger("rope") | kernel(kernels.TRITON.rope),
-        outputs=("q", "k", "v"),
     ),
 }

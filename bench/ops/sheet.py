@@ -82,8 +82,6 @@ class Sheet:
     """By variant, in the order in which they are shown."""
     sizes: tuple[str, ...] = ROWS
     """What it is measured at when nothing else is said: names for `bench.ops.sizes.size`."""
-    outputs: tuple[str, ...] = ("y",)
-    """What it returns, by name."""
     calls: Callable[[TrainConfig], int] = _every_layer
     """How often a micro-step calls it; 0 for what is a second case of an op, or no part of a micro-step."""
     launched: Callable[[TrainConfig], Any] | None = None

@@ -221,11 +221,12 @@ def op_table(rows: list[dict], tolerance: float) -> Table:
         shown.add_column(heading)
     for heading in ("output", "gradient"):
         _add_columns(shown, heading)
-    for layer, call in dict.fromkeys((row["layer"], row["call"]) for row in rows):
+    of_calls = list(dict.fromkeys((row["layer"], row["call"]) for row in rows))
+    for (layer, call), (next_layer, _) in zip(of_calls, [*of_calls[1:], (None, None)], strict=True):
         of_call = [row for row in rows if (row["layer"], row["call"]) == (layer, call)]
         passes = [[row for row in of_call if row["pass"] == name] for name in ("output", "gradient")]
         cells = [cell for of_pass in passes for cell in _cells(worst(of_pass), tolerance)]
-        shown.add_row(str(layer), call, *cells, end_section=call == "swiglu")
+        shown.add_row(str(layer), call, *cells, end_section=next_layer != layer)
     return shown
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ops.catalogue import SHEETS
 from kernels import TORCH, Ops
-from kernels.ops import FIELDS
+from kernels.ops import FIELDS, OUTPUTS
 from model import Llama
 
 # The relative error below which two results are equally good. In half precision: that of rounding the result once. In
@@ -112,7 +111,7 @@ def _run(call: Call, function: Callable, dtype: torch.dtype | None = None) -> di
     wanted = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}
     reached = [(y, dy.to(y.dtype)) for y, dy in zip(outputs, call.upstream, strict=True) if dy is not None]
     gradients = torch.autograd.grad([y for y, _ in reached], list(wanted.values()), [dy for _, dy in reached])
-    result = {("output", name): y.detach() for name, y in zip(SHEETS[call.op].outputs, outputs, strict=True)}
+    result = {("output", name): y.detach() for name, y in zip(OUTPUTS[call.op], outputs, strict=True)}
     return result | {("gradient", name): dx for name, dx in zip(wanted, gradients, strict=True)}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from bench.roofline.__main__ import Ceilings, floor
+from kernels import grammar
 from training.config import TrainConfig
 
 PRODUCTS, INDUCTOR, COPIES, PYTORCH, GAPS = (
@@ -13,7 +14,7 @@ PRODUCTS, INDUCTOR, COPIES, PYTORCH, GAPS = (
     "PyTorch's own kernels",
     "between launches",
 )
-OPS = ("rms_norm", "rope", "swiglu", "attention", "embedding", "linear_cross_entropy", "optimizer")
+OPS = (*dict.fromkeys((*grammar.LAYER_SWITCHES, *grammar.OUT_SWITCHES)), "optimizer")
 """As `model.flops` names them. Products are a bar of their own: the linear maps', and those of the loss head."""
 
 

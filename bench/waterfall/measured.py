@@ -1,20 +1,9 @@
 """The bars of a step that a GPU ran: from the profile that `bench.step --profile` took of it."""
 
-import re
-
 from bench.report.profiles import OURS, part_of
 from bench.waterfall.bars import COPIES, GAPS, INDUCTOR, PRODUCTS, PYTORCH, Work
+from kernels import grammar
 
-_OPS = {
-    r"^_rms_norm": "rms_norm",
-    r"^_rope": "rope",
-    r"^_swiglu": "swiglu",
-    r"^_attention": "attention",
-    r"^_embedding": "embedding",
-    r"^_linear_cross_entropy": "linear_cross_entropy",
-    r"^_adamw": "optimizer",
-}
-"""What a kernel of ours is for, by the name of its function. Attention's backward turns RoPE back as well."""
 _PARTS = {
     "kernels that Inductor wrote": INDUCTOR,
     "attention of PyTorch": "attention",
@@ -36,6 +25,8 @@ def works(row: dict) -> list[Work]:
 def cause(kernel: str) -> str:
     """What a kernel is counted as, by its name."""
     part = part_of(kernel)
-    if part == OURS:
-        return next((op for pattern, op in _OPS.items() if re.search(pattern, kernel)), PYTORCH)
+    if part == OURS:  # a kernel bears the name of its op's file; attention's backward turns RoPE back as well
+        named = (switch for switch in grammar.SWITCHES if kernel.startswith(f"_{switch}_"))
+        op = max(named, key=len, default=PYTORCH)
+        return "optimizer" if op in grammar.RUN_SWITCHES else op
     return _PARTS.get(part, PYTORCH)

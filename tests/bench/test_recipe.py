@@ -1,5 +1,6 @@
 """A new op, end to end, as KERNELS.md tells it: whatever place a kernel file is still missing from, a test here names it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import kernels
 from bench.ops.catalogue import SHEETS
 from bench.parity.op_errors import record
+from bench.waterfall.measured import cause
 from kernels import grammar
-from kernels.ops import FIELDS
+from kernels.ops import FIELDS, OUTPUTS
 from model import Llama, LlamaConfig
 from model.flops import step_costs
 
@@ -29,6 +31,11 @@ def ops_of(file):
     return FIELDS.get(file, (file,))
 
 
+def counted_as(file):
+    """The op of `model.flops` that a kernel file is of."""
+    return "optimizer" if file in grammar.RUN_SWITCHES else file
+
+
 @pytest.mark.parametrize("file", KERNEL_FILES)
 def test_it_has_a_switch(file):
     assert file in grammar.SWITCHES, f"kernels/grammar.py has no switch {file}"
@@ -39,6 +46,18 @@ def test_it_has_a_field_of_ops(file):
     for op in ops_of(file):
         for name, ops in (("TORCH", kernels.TORCH), ("TRITON", kernels.TRITON)):
             assert callable(getattr(ops, op, None)), f"kernels/ops.py has no {op} in {name}"
+        assert op in OUTPUTS, f"kernels/ops.py does not say what {op} returns (OUTPUTS)"
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES)
+def test_its_kernels_bear_its_name(file):
+    """By it a profile's kernels are told apart, and counted as their op's."""
+    path = ROOT / "kernels" / file
+    text = "".join(part.read_text() for part in ([*path.glob("*.py")] if path.is_dir() else [path.with_suffix(".py")]))
+    names = re.findall(r"^@triton\.jit\ndef (_\w+_kernel)\(", text, re.MULTILINE)
+    assert names, f"kernels/{file} has no kernel called _{file}_..._kernel"
+    for name in names:
+        assert cause(name) == counted_as(file), f"{name} of kernels/{file} is to be called _{file}_..._kernel"
 
 
 @pytest.mark.parametrize("file", OPS_OF_A_MODEL)
@@ -51,8 +70,7 @@ def test_the_model_calls_it(file):
 
 @pytest.mark.parametrize("file", KERNEL_FILES)
 def test_its_bytes_are_counted(file):
-    counted_as = "optimizer" if file in grammar.RUN_SWITCHES else file
-    assert counted_as in step_costs(SHAPE, 1, 1), f"model/flops.py has no costs of {file}"
+    assert counted_as(file) in step_costs(SHAPE, 1, 1), f"model/flops.py has no costs of {file}"
 
 
 @pytest.mark.parametrize("file", KERNEL_FILES)

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kernels import TORCH
+from kernels.ops import OUTPUTS
 from training.config import TrainConfig
 from training.device import seed_step
 from training.distributed import World
 from training.log.metrics import Metrics
 from training.progress import Progress, UnderWay
 from training.step.trainer import MicroBatch, Trainer
-from training.step.watch import OUTPUTS, PRODUCTS, SUMS, Call, Sight, watching
+from training.step.watch import PRODUCTS, SUMS, Call, Sight, watching
 
 _BEFORE = 3  # ops whose largest values are told
 

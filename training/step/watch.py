@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import TORCH, Ops
-from kernels.ops import InTurn
+from kernels.ops import OUTPUTS, InTurn
 from model import Llama
 from model.linear import linear
 
@@ -23,17 +23,6 @@ SUMS = ("gradient_sum", "gradient_rows")
 """Arguments to which an op adds a gradient in autograd's stead."""
 SHARE_A_WEIGHT = ("embedding", "linear_cross_entropy")
 PRODUCTS = ("wqkv", "wo", "w_gate_up", "w_down")
-OUTPUTS = {
-    "rms_norm": ("y",),
-    "add_rms_norm": ("y", "summed"),
-    "rope": ("q", "k", "v"),
-    "swiglu": ("y",),
-    "attention": ("o",),
-    "rope_attention": ("o",),
-    "embedding": ("x",),
-    "linear_cross_entropy": ("loss",),
-}
-"""What the ops return, by the names that are theirs in DESIGN and in their files; a product returns y."""
 
 
 @dataclass
