@@ -50,8 +50,17 @@ class ExportConfig:
         if self.format == "huggingface" and self.version:
             raise UserError(f"--version {self.version} is for --format llama2c")
         out = Path(self.out)
-        if out.exists() and not (self.format == "huggingface" and out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} is there already; name what is not, or remove it first")
+        if out.name in ("", ".."):
+            raise UserError(f"OUT is {self.out!r}; it must end in the name of what is to be made")
+        if self.format == "llama2c" and out.name == "tokenizer.bin":
+            raise UserError(
+                f"OUT is {self.out!r}, as the tokenizer beside the weights will be called; choose another name"
+            )
+        try:
+            if out.exists() and not (self.format == "huggingface" and out.is_dir() and not any(out.iterdir())):
+                raise UserError(f"{out} is there already; name what is not, or remove it first")
+        except OSError as error:  # a folder that may not be looked into, a name that is too long
+            raise UserError(f"{out} cannot be written: {error.strerror}") from None
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -123,6 +123,14 @@ def read_prompts(config: GenerateConfig) -> list[tuple[str, str]]:
     return prompts or [("--prompt", "")]
 
 
+def typed_lines() -> Iterator[str]:
+    """The lines of stdin. UserError for what is no text in its encoding."""
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise UserError(f"what is typed is not {sys.stdin.encoding} text: {error.reason}") from None
+
+
 def load(config: GenerateConfig):
     """The model that `config.checkpoint` names, on its device, and its tokenizer. UserError where it can't be had."""
     weights = pretrained.find(config.checkpoint, config.which)
@@ -141,6 +149,7 @@ def load(config: GenerateConfig):
     if config.kernels == "auto" and device.type == "cuda" and not why_no_kernels(run, has_gpu=True):
         run.kernels = "all" if grammar.attention_serves(run.head_dim) else "all,-attention"
     require_compiler(run, device)
+    weights.check_fits()
     with device:
         model = Llama(run.shape(), kernels.select(run.kernels, run.n_layers), resolve_dtype(run, device))
     weights.load_into(model)
@@ -187,7 +196,7 @@ class Writer:
         """Put what is typed behind the text, a line at a time, and let the model go on. UserError where its context is full."""
         if text:
             print(printable(text, sys.stdout.encoding or "utf-8"))
-        for line in sys.stdin:
+        for line in typed_lines():
             text += line.removesuffix("\n")
             tokens = self._encode(text, "the text")
             growing = GrowingText(self._tokenizer, tokens[1:], self._config.stop)
@@ -204,6 +213,11 @@ class Writer:
             if character not in back and normalize("NFKC", between) != normalize("NFKC", back):
                 raise UserError(f"{name} has {character!r}, for which this model's tokenizer has no token")
         tokens = tokenizer.encode(text, bos=True)
+        if (largest := max(tokens)) >= (n_tokens := self._model.config.vocab_size):
+            raise UserError(
+                f"{name} has token {largest} ({tokenizer.decode([largest])!r}) of a tokenizer with {tokenizer.n_tokens}, and the "
+                f"model has {n_tokens}: leave that out, or name the model's own tokenizer with --tokenizer"
+            )
         if len(tokens) >= limit:
             raise UserError(
                 f"{name} has {len(tokens)} tokens; the model's max_seq_len is {limit}, so {limit - 1} are allowed"

@@ -17,7 +17,7 @@ class Tensors(Protocol):
     def __iter__(self) -> Iterator[str]: ...
     def __contains__(self, name: object) -> bool: ...
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """The shape of a tensor, without reading it. ValueError for one that can't be read."""
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def load(model: Llama, tensors: Tensors, here: Callable[[Tensor], tuple[Tensor, 
 
 
 def check(tensors: Tensors, shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError, naming the tensors, unless these are the tensors of a model with those shapes."""
+    """ValueError, naming the tensors, unless these are the tensors of a model with those shapes, and can be read."""
     found = {
         name for name in tensors if not name.endswith(".rotary_emb.inv_freq")
     }  # a buffer that transformers once saved

@@ -6,7 +6,10 @@ What a path is, its shape and its tokenizer are told without torch, so that `--i
 from __future__ import annotations
 
 import json
+import os
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +62,7 @@ class Pretrained:
         return tokenizer_in(self.path.parent if self.kind == "llama2c" else self.path)
 
     def tokenizer(self, file: str = "") -> Tokenizer:
-        """The tokenizer in `file`, or the one beside the weights. UserError where there is none or it cannot be read."""
+        """The tokenizer in `file`, or the one beside the weights. UserError where there is none, or it is no such model's."""
         from training.data.tokenizer import load_tokenizer
 
         found = Path(file) if file else self.tokenizer_file()
@@ -67,15 +70,22 @@ class Pretrained:
             raise UserError(
                 f"{self.path} has no tokenizer beside it ({', '.join(TOKENIZERS)}); name one with --tokenizer"
             )
-        return load_tokenizer(found, self.document_token)
+        tokenizer = load_tokenizer(found, self.document_token)
+        if tokenizer.bos_id >= self.config.vocab_size:
+            raise UserError(
+                f"{found} opens documents with token {tokenizer.bos_id}, and the model of {self.path} has {self.config.vocab_size} "
+                "tokens: it is another model's; name its own with --tokenizer"
+            )
+        return tokenizer
 
     def end_ids(self) -> list[int]:
         """The tokens that end a text as a Hugging Face folder states them, of which BOS may be none; empty for other kinds."""
         stated = []
         for name in ("generation_config.json", "config.json") if self.kind == "huggingface" else ():
             file = self.path / name
-            stated = stated or (_json_object(file).get("eos_token_id") if file.is_file() else None) or []
-        stated = stated if isinstance(stated, list) else [stated]
+            if not stated and file.is_file():
+                found = _json_object(file).get("eos_token_id")
+                stated = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(token) is int for token in stated):
             raise UserError(f"{self.path}: eos_token_id is {stated}, wanted an integer or several")
         return stated
@@ -121,12 +131,29 @@ class Pretrained:
         except OSError as error:
             raise UserError(f"{error.filename or self.path} cannot be read: {error.strerror or error}") from None
 
+    def check_fits(self) -> None:
+        """UserError where the weights are not of the shape that is stated: before a model of that shape takes its memory.
+
+        Others than Hugging Face's need no look: the shape of a checkpoint is hashed with it, a llama2.c file's size is held to its.
+        """
+        from model import huggingface, loading
+
+        if self.kind == "huggingface":
+            with self._named():
+                loading.check(self.tensors(), huggingface.shapes(self.config))
+
     def load_into(self, model: Llama, *here) -> None:
         """Copy the weights into a model, tensor by tensor; here: as in `loading.load`. UserError for those that do not fit."""
         from model import loading
 
-        try:
+        with self._named():
             loading.load(model, self.tensors(), *here)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What does not fit as a UserError that says of which weights it is."""
+        try:
+            yield
         except UserError:
             raise
         except ValueError as error:
@@ -147,7 +174,7 @@ def _is_sentencepiece(file: Path) -> bool:
 
 def of_option(init_from: str, which: str = "last") -> Pretrained:
     """The weights that --init-from names. UserError as `find`."""
-    if not Path(init_from).exists():
+    if not os.path.exists(init_from):  # pathlib's raises for a name that is too long
         raise UserError(
             f"--init-from is {init_from!r}, and there is no such file or folder; allowed: scratch, resume, or {KINDS}"
         )
@@ -160,8 +187,8 @@ def of_option(init_from: str, which: str = "last") -> Pretrained:
 def find(path: str | Path, which: str = "last") -> Pretrained:
     """What a path holds. which: the checkpoint of a run's folder. UserError for what is none of `KINDS`, or not there."""
     path = Path(path)
-    is_checkpoint = (path / "manifest.json").is_file() or bool(run_folder.STEP_FOLDER.fullmatch(path.name))
     try:
+        is_checkpoint = (path / "manifest.json").is_file() or bool(run_folder.STEP_FOLDER.fullmatch(path.name))
         if which != "last" and (path.is_file() or (path / "config.json").is_file() or is_checkpoint):
             raise UserError(f"--which {which} chooses in a run's folder, and {path} is none; leave the option out")
         if path.is_file():
@@ -198,7 +225,7 @@ def _json_object(path: Path) -> dict:
         table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"{path} holds a {type(table).__name__}, wanted an object")
@@ -209,5 +236,5 @@ def _options_of_checkpoint(folder: Path) -> dict:
     path = folder / "config.toml"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
         raise ValueError(f"{path} is not a TOML file: {error}") from None

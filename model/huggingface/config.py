@@ -139,7 +139,7 @@ def _one_or_several(ids: list[int]) -> int | list[int]:
 
 
 def _number(table: dict, key: str, kind: type, default=None):
-    value = table.get(key, default)
+    value = default if table.get(key) is None else table[key]  # null is what is left to transformers
     if value is None:
         raise ValueError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):

@@ -39,15 +39,15 @@ class FolderTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         with self._open(self._files[name]) as opened:
-            dtype = opened.get_slice(name).get_dtype()
-            if dtype not in _DTYPES:
-                raise ValueError(f"{self._where(name)} is of type {dtype}; read are {', '.join(_DTYPES)}")
             return opened.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from its file's header alone."""
+        """The shape of a tensor, from its file's header alone. ValueError for one of a type that is not read."""
         with self._open(self._files[name]) as opened:
-            return tuple(opened.get_slice(name).get_shape())
+            header = opened.get_slice(name)
+            if (dtype := header.get_dtype()) not in _DTYPES:
+                raise ValueError(f"{self._files[name]}: {name} is of type {dtype}; read are {', '.join(_DTYPES)}")
+            return tuple(header.get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -55,15 +55,12 @@ class FolderTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def _where(self, name: str) -> str:
-        return f"{self._folder / self._files[name]}: {name}"
-
     def _file_names(self) -> list[str]:
         if (self._folder / INDEX).is_file():
             path = self._folder / INDEX
             try:
                 files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path} is damaged: {error}") from None
             if any(not isinstance(file, str) or Path(file).name != file for file in files):
                 raise ValueError(f"{path} is damaged: it names files outside its folder")

@@ -78,6 +78,7 @@ def test_what_old_files_leave_out_is_as_transformers_has_it():
     shape = shape_of(table)
     assert (shape["n_kv_heads"], shape["rope_theta"], shape["norm_eps"]) == (4, 10000.0, 1e-6)
     assert shape["tie_embeddings"] is False
+    assert shape_of(table | {"num_key_value_heads": None, "head_dim": None}) == shape
 
 
 @pytest.mark.parametrize(

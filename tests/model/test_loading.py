@@ -145,8 +145,7 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_copied(tmp_path, chang
     fresh = empty_like(llama())
     with pytest.raises(ValueError, match=message):
         load(fresh, edited(write_folder(tmp_path, llama()), **change))
-    if "of type" not in message:
-        assert all(parameter.isnan().all() for parameter in fresh.parameters())
+    assert all(parameter.isnan().all() for parameter in fresh.parameters())
 
 
 def damage(folder, how: str) -> None:

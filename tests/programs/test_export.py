@@ -14,7 +14,7 @@ import torch
 import export
 import generate
 import train
-from model import LlamaConfig
+from model import LlamaConfig, sentencepiece_model
 from model.huggingface.folder import FolderTensors
 from model.rope import rope_tables
 from tests.model.test_llama2c import Reader, encode_as_run_c, read_tokenizer_bin
@@ -115,6 +115,9 @@ def test_the_tokens_that_end_a_text_of_a_folder_are_kept(run, tmp_path):
     refused(
         call(export, [str(source), str(tmp_path / "out")]), r"eos_token_id is \['x'\], wanted an integer or several"
     )
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))  # as SmolLM's
+    exported(source, tmp_path / "zero")
+    assert json.loads((tmp_path / "zero" / "config.json").read_text())["eos_token_id"] == [0, 1]
 
 
 @pytest.mark.parametrize(("asked", "got"), [("auto", "float64"), ("float32", "float32"), ("float64", "float64")])
@@ -216,6 +219,17 @@ def test_bad_input_is_named(run, tmp_path):
     refused(call(export, [str(bare), out]), "config.json is not JSON")
     (bare / "config.json").write_text("[]")
     refused(call(export, [str(bare), out]), "config.json holds a list, wanted an object")
+    (bare / "config.json").write_text("[" * 100_000)
+    refused(call(export, [str(bare), out]), "config.json is not JSON")
+    refused(call(export, ["x" * 300, out]), "x/manifest.json cannot be read: File name too long")
+    odd = write_folder(tmp_path / "odd", llama())
+    tensors = safetensors.torch.load_file(odd / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    safetensors.torch.save_file(tensors, odd / "model.safetensors")
+    for words in ([], ["--format=llama2c"]):
+        refused(
+            call(export, [str(odd), out, *words]), "odd: model.safetensors: model.norm.weight is of type I8; read are"
+        )
     refused(call(export, [str(run), out, "--max-file-bytes=0"]), "--max-file-bytes is 0; it must be at least 1")
     refused(call(export, [str(run), out, "--which", "--dtype=float16"]), "--which needs a value")
     refused(
@@ -223,6 +237,47 @@ def test_bad_input_is_named(run, tmp_path):
     )
     refused(call(export, [str(run), out, "--version=1"]), "--version 1 is for --format llama2c")
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([""], "OUT is ''; it must end in the name of what is to be made"),
+        (["."], "OUT is '.'; it must end in the name"),
+        (["new/.."], "OUT is 'new/..'; it must end in the name"),
+        (["x" * 300], "x cannot be written: File name too long"),
+        (["tokenizer.bin", "--format=llama2c"], "OUT is 'tokenizer.bin', as the tokenizer beside the weights"),
+    ],
+)
+def test_a_place_that_cannot_be_is_named(run, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    refused(call(export, [str(run), *words]), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_not_made_for_weights_of_another_shape(tmp_path, monkeypatch):
+    """As a damaged config.json may ask for more memory than there is."""
+    source = write_folder(tmp_path / "hf", llama(), num_hidden_layers=64)
+    monkeypatch.setattr("model.Llama", None)
+    refused(
+        call(generate, [str(source), "--device=cpu"]), r"hf: weights do not fit the model: missing model\.layers\.10\."
+    )
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_named(tmp_path):
+    source = write_folder(tmp_path / "hf", llama(vocab_size=256))
+    refused(
+        call(generate, [str(source), "--prompt=the cat", "--device=cpu"]),
+        r"--prompt has token 2\d\d \('.+'\) of a tokenizer with 300, and the model has 256",
+    )
+    content = (source / "tokenizer.model").read_bytes()
+    pieces = sentencepiece_model.read(content).pieces
+    (tmp_path / "late.model").write_bytes(sentencepiece_model.write([*pieces[:1], *pieces[2:], pieces[1]]))
+    for program, words in ((generate, []), (export, [str(tmp_path / "out")])):
+        refused(
+            call(program, [str(source), *words, f"--tokenizer={tmp_path / 'late.model'}"]),
+            r"late.model opens documents with token 299, and the model of .*hf has 256 tokens: it is another model's",
+        )
 
 
 @pytest.mark.skipif(os.geteuid() == 0 or os.name == "nt", reason="root may write anywhere")

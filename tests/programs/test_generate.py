@@ -268,6 +268,9 @@ def test_writing_on_together_ends_where_the_context_does(run, monkeypatch):
     result = call(generate, [str(run), "--device=cpu", "--interactive", "--max-new-tokens=30"])
     refused(result, r"the text has \d+ tokens; the model's max_seq_len is 64")
     refused(call(generate, ["--interactive", "--prompt=a", "--prompt=b"]), "--interactive goes on with one text")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff cat\n"), "utf-8"))
+    result = call(generate, [str(run), "--device=cpu", "--interactive"])
+    refused(result, "what is typed is not utf-8 text: invalid start byte")
 
 
 def test_a_character_without_a_token_is_named(run, tmp_path, monkeypatch):

@@ -224,6 +224,7 @@ def test_bad_weights_are_named(tmp_path):
     )
     bare = write_folder(tmp_path / "bare", llama(), tokenizer=False)
     refused(started(out, init_from=bare), r"bare has no tokenizer beside it \(.*\); name the one .* by --tokenizer")
+    refused(started(out, init_from="x" * 300), "there is no such file or folder")
     (bare / "tokenizer.bin").write_text("no tokenizer")
     refused(started(out, init_from=bare), r"--tokenizer .*tokenizer\.bin: no tokenizer\.bin of llama2\.c: ")
 
@@ -245,7 +246,10 @@ def test_the_vocabulary_of_weights_may_be_padded_to_any_size(tmp_path):
     result = call(train, ["--init-from=resume", f"--out-dir={tmp_path / 'out'}", "--max-iters=5"])
     assert (result.status, result.err) == (0, ""), result
     source = write_folder(tmp_path / "small", llama(vocab_size=290))
-    refused(started(tmp_path / "out2", init_from=source), "--vocab-size is 290, but --tokenizer .* has 300 tokens")
+    refused(
+        started(tmp_path / "out2", init_from=source),
+        "--tokenizer .* has 300 tokens, and the weights that the run begins with only 290: .* name one of no more",
+    )
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):

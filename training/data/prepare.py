@@ -138,6 +138,11 @@ def _load_tokenizer(path: str | Path, document_token: str, vocab_size: int, any_
     tokenizer = load_tokenizer(path, document_token)
     n_tokens = tokenizer.n_tokens
     padded = [-(-n_tokens // multiple) * multiple for multiple in _PADDED_TO]
+    if vocab_size < n_tokens and any_padding:
+        raise UserError(
+            f"--tokenizer {path} has {n_tokens} tokens, and the weights that the run begins with only {vocab_size}: it is another "
+            "model's, or tokens were added to it; name one of no more with --tokenizer"
+        )
     if vocab_size < n_tokens or (vocab_size not in (n_tokens, *padded) and not any_padding):
         raise UserError(
             f"--vocab-size is {vocab_size}, but --tokenizer {path} has {n_tokens} tokens: pass --vocab-size {n_tokens}, "

@@ -18,6 +18,8 @@ def new_trainer(config: TrainConfig, world: World, device: torch.device, dtype: 
     """
     ops = kernels.select(config.kernel_spec, config.n_layers)
     weights = pretrained.find(config.weights, config.which) if config.weights else None
+    if weights:
+        weights.check_fits()
     shape, recompute = config.shape(), config.activation_checkpointing
     if config.parallel == "ddp" or world.size == 1:
         with device:
