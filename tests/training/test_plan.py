@@ -1,5 +1,7 @@
 """The plan's closed forms against counts of models that are built, a table worked out before it, and measured runs."""
 
+import math
+import re
 import subprocess
 import sys
 
@@ -90,12 +92,62 @@ def test_70b_shared_out_within_machines_does_not_fit_and_over_all_of_them_does()
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (
+            {"preset": "llama3.1-70b", "gpus": 3},
+            "--parallel fsdp --activation-checkpointing full on 64 of .* .--gpus 64.",
+        ),
+        (
+            {"preset": "llama3.1-70b", "gpus": 32768, "parallel": "ddp"},
+            "--parallel fsdp --activation-checkpointing full on the same GPUs",
+        ),
+        ({"batch_size": 100}, "--batch-size 8 --activation-checkpointing full"),
+        (
+            {"batch_size": 5, "activation_checkpointing": "selective"},
+            "--batch-size 3 --activation-checkpointing selective",
+        ),
+        (
+            {"max_seq_len": 131072},
+            "--parallel fsdp --activation-checkpointing full --max-seq-len 65536 on the same GPUs",
+        ),
+    ],
+)
+def test_what_would_fit_is_the_nearest(options, words):
+    """Fewer sequences at a time; more GPUs, which fill their machines; shorter sequences."""
+    assert re.fullmatch(f"what would fit: {words}", report(Plan(**options))[-1])
+
+
+def test_one_gpu_keeps_the_whole_model():
+    config = preset("124m")
+    assert memory(config, layout("fsdp", 1, 8), TOKENS, "none") == memory(config, layout("ddp", 1, 8), TOKENS, "none")
+    assert "--parallel fsdp (one GPU keeps the whole model)" in report(Plan(preset="124m", gpus=1))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ({"preset": "smoke", "gpus": 2}, "1 micro-steps of 16 x 128 tokens a GPU, 4,096 in all"),
+        ({"preset": "124m", "gpus": 1}, "3 micro-steps of 171 x 1,024 tokens a GPU, 525,312 in all"),
+        ({"tokens_per_step": 1}, "1 micro-steps of 1 x 8,192 tokens a GPU, 65,536 in all"),
+        ({"preset": "smoke", "tokens_per_step": 2**21}, "2 micro-steps of 1024 x 128 tokens a GPU, 2,097,152 in all"),
+    ],
+)
+def test_a_step_has_the_tokens_asked_for(options, step):
+    """though larger micro-batches would fit: the learning rate is the one for that many."""
+    assert f"a step        {step}" in report(Plan(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         ({"preset": "huge"}, "--preset is 'huge'; allowed: reference"),
         ({"gpu": "H101"}, "--gpu is 'H101'; those with bfloat16 .*H100 SXM"),
         ({"gpus": 12}, "--gpus 12 is not a multiple of --gpus-per-machine 8"),
         ({"parallel": "hsdp"}, "--gpus 8 are on one; say --parallel fsdp"),
         ({"mfu": 40.0}, "--mfu is 40.0; it must be between 0 and 1"),
-        ({"batch_size": -1}, "--batch-size is -1"),
+        ({"batch_size": -1}, "--batch-size is -1; it must be from 0 .0: chosen here. to 1099511627776"),
+        ({"gpus": 0}, "--gpus is 0; it must be from 1 to 1099511627776"),
+        ({"tokens_per_step": 10**400}, "--tokens-per-step is 10+; it must be from 0"),
+        ({"network_gb_s": math.inf}, "--network-gb-s is inf; it must be positive and finite"),
     ],
 )
 def test_what_is_wrong_is_told(options, words):

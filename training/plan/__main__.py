@@ -3,7 +3,9 @@
 Everything is computed, by the closed forms of training/plan/costs.py, and nothing measured: no run of several GPUs has been tried.
 """
 
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +19,11 @@ from training.plan.costs import Layout, Memory, flops, layout, memory, traffic
 from training.stopping import exit_statuses
 
 GB = 1e9
+MOST_SEQUENCES = 1024
+"""Of a micro-step: no more are tried."""
+LEAST = {"gpus": 1, "gpus_per_machine": 1, "batch_size": 0, "max_seq_len": 0, "tokens_per_step": 0}
+MOST = 2**40
+"""That these options may be."""
 
 
 @dataclass(kw_only=True)
@@ -36,11 +43,11 @@ class Plan:
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """As in train.py; auto: the first of none, selective and full with which a sequence fits."""
     batch_size: int = 0
-    """Sequences in a micro-step of a GPU; 0: as many as fit."""
+    """Sequences in a micro-step of a GPU; 0: as many as fit and the step has."""
     max_seq_len: int = 0
     """Tokens in a sequence; 0: the preset's."""
     tokens_per_step: int = 0
-    """Tokens of all GPUs in an optimizer step, rounded to whole micro-steps; 0: the preset's, at least a micro-step of each GPU."""
+    """Tokens of all GPUs in an optimizer step, rounded to whole micro-steps; 0: the preset's, at least a sequence of each GPU."""
     reserve: float = 0.1
     """Share of a GPU's memory that is left to CUDA, NCCL and fragments: an assumption."""
     mfu: float = 0.4
@@ -61,9 +68,8 @@ class Step:
 
 def fitting(plan: Plan, config: LlamaConfig, where: Layout, gpu: Gpu) -> Step | None:
     """The way that the options describe, or the first of those they leave open that fits; None where none does."""
-    modes = RECOMPUTE if plan.activation_checkpointing == "auto" else (plan.activation_checkpointing,)
-    for recompute in modes:
-        batch = plan.batch_size or largest_batch(plan, config, where, gpu, recompute)
+    for recompute in modes(plan):
+        batch = plan.batch_size or even_batch(plan, config, where, largest_batch(plan, config, where, gpu, recompute))
         if batch:
             micro_steps = micro_steps_of(plan, config, where, batch)
             found = memory(config, where, batch * config.max_seq_len, recompute, micro_steps)
@@ -72,10 +78,15 @@ def fitting(plan: Plan, config: LlamaConfig, where: Layout, gpu: Gpu) -> Step | 
     return None
 
 
+def modes(plan: Plan) -> tuple[str, ...]:
+    """What --activation-checkpointing leaves open."""
+    return RECOMPUTE if plan.activation_checkpointing == "auto" else (plan.activation_checkpointing,)
+
+
 def largest_batch(plan: Plan, config: LlamaConfig, where: Layout, gpu: Gpu, recompute: str) -> int:
-    """Most sequences of a micro-step that fit on a GPU; 0 where one does not."""
+    """Most sequences of a micro-step that fit on a GPU, counted up to MOST_SEQUENCES; 0 where one does not."""
     batch = 0
-    while batch < 1024:
+    while batch < MOST_SEQUENCES:
         micro_steps = micro_steps_of(plan, config, where, batch + 1)
         if memory(config, where, (batch + 1) * config.max_seq_len, recompute, micro_steps).peak > usable(plan, gpu):
             break
@@ -83,15 +94,22 @@ def largest_batch(plan: Plan, config: LlamaConfig, where: Layout, gpu: Gpu, reco
     return batch
 
 
+def even_batch(plan: Plan, config: LlamaConfig, where: Layout, most: int) -> int:
+    """Sequences of the fewest micro-steps, all alike, that make about the tokens asked for with at most so many each."""
+    sequences = max(1, round(tokens_asked(plan) / (config.max_seq_len * where.gpus)))
+    return most and round(sequences / math.ceil(sequences / most))
+
+
 def micro_steps_of(plan: Plan, config: LlamaConfig, where: Layout, batch: int) -> int:
     """Micro-steps of each GPU that make a step of about the tokens asked for."""
+    return max(1, round(tokens_asked(plan) / (batch * config.max_seq_len * where.gpus)))
+
+
+def tokens_asked(plan: Plan) -> int:
+    """Tokens that a step of all GPUs shall have."""
     run = preset_options(plan.preset)
-    asked = (
-        run.get("batch_size", 128)
-        * run.get("gradient_accumulation_steps", 4)
-        * LlamaConfig(**shape_of(run)).max_seq_len
-    )
-    return max(1, round((plan.tokens_per_step or asked) / (batch * config.max_seq_len * where.gpus)))
+    sequences = run.get("batch_size", 128) * run.get("gradient_accumulation_steps", 4)
+    return plan.tokens_per_step or sequences * LlamaConfig(**shape_of(run)).max_seq_len
 
 
 def shape_of(run: dict) -> dict:
@@ -104,23 +122,33 @@ def usable(plan: Plan, gpu: Gpu) -> float:
     return (1 - plan.reserve) * gpu.memory * GB
 
 
-def what_would(plan: Plan, config: LlamaConfig, gpu: Gpu) -> str:
-    """The nearest way that fits, in words."""
+def what_would(plan: Plan, config: LlamaConfig, where: Layout, gpu: Gpu) -> str:
+    """The nearest way that fits, in words: fewer sequences at a time, more GPUs, shorter sequences."""
+    fitted = {mode: largest_batch(plan, config, where, gpu, mode) for mode in modes(plan)}
+    mode = max(fitted, key=lambda mode: fitted[mode])
+    if fitted[mode]:
+        return f"--batch-size {fitted[mode]} --activation-checkpointing {mode}"
     most = replace(plan, parallel="fsdp", activation_checkpointing="auto", batch_size=0)
-    gpus = plan.gpus
-    while gpus <= 16384:
-        if step := fitting(most, config, layout("fsdp", gpus, plan.gpus_per_machine), gpu):
-            on = "the same GPUs" if gpus == plan.gpus else f"{gpus} of these GPUs (--gpus {gpus})"
-            return f"--parallel fsdp --activation-checkpointing {step.recompute} on {on}"
-        gpus *= 2
-    many = layout("fsdp", 1024 * plan.gpus_per_machine, plan.gpus_per_machine)
-    length = config.max_seq_len // 2
-    while length >= 512:
-        if fitting(most, replace(config, max_seq_len=length), many, gpu):
-            return f"sequences of {length} tokens (--max-seq-len {length}), with full recomputation on more GPUs"
+    length = config.max_seq_len
+    while length >= min(512, config.max_seq_len):
+        for gpus in _counts(plan):
+            shorter = replace(config, max_seq_len=length)
+            if step := fitting(most, shorter, layout("fsdp", gpus, plan.gpus_per_machine), gpu):
+                on = "the same GPUs" if gpus == plan.gpus else f"{gpus} of these GPUs (--gpus {gpus})"
+                cut = f" --max-seq-len {length}" if length < config.max_seq_len else ""
+                return f"--parallel fsdp --activation-checkpointing {step.recompute}{cut} on {on}"
         length //= 2
+    many = layout("fsdp", 1024 * plan.gpus_per_machine, plan.gpus_per_machine)
     needed = memory(config, many, config.max_seq_len, "full").peak / (1 - plan.reserve) / GB
     return f"no number of these GPUs, but GPUs of {needed:,.0f} GB each, or a model cut within its layers, which is not built here"
+
+
+def _counts(plan: Plan) -> Iterator[int]:
+    """The plan's number of GPUs and, doubled again and again, larger ones that fill their machines."""
+    gpus, here = plan.gpus, plan.gpus_per_machine
+    yield gpus
+    while (gpus := 2 * gpus if 2 * gpus <= here else here * math.ceil(2 * gpus / here)) <= 16384:
+        yield gpus
 
 
 def report(plan: Plan) -> list[str]:
@@ -130,24 +158,23 @@ def report(plan: Plan) -> list[str]:
     if gpu is None or gpu.bf16 is None:
         allowed = ", ".join(gpu.name for gpu in GPUS if gpu.bf16 is not None)
         raise UserError(f"--gpu is {plan.gpu!r}; those with bfloat16 in training/hardware.py are {allowed}")
-    for name in ("gpus", "gpus_per_machine"):
-        if getattr(plan, name) < 1:
-            raise UserError(f"{option(name)} is {getattr(plan, name)}; it must be at least 1")
-    for name in ("batch_size", "max_seq_len", "tokens_per_step"):
-        if getattr(plan, name) < 0:
-            raise UserError(f"{option(name)} is {getattr(plan, name)}; it must be at least 0 (0: chosen here)")
+    for name, least in LEAST.items():
+        value, chosen = getattr(plan, name), "" if least else " (0: chosen here)"
+        if not least <= value <= MOST:
+            raise UserError(f"{option(name)} is {value}; it must be from {least}{chosen} to {MOST}")
     for name in ("reserve", "mfu"):
         if not 0 < getattr(plan, name) < 1:
             raise UserError(f"{option(name)} is {getattr(plan, name)}; it must be between 0 and 1")
-    if not plan.network_gb_s > 0:
-        raise UserError(f"--network-gb-s is {plan.network_gb_s}; it must be positive")
+    if not 0 < plan.network_gb_s < math.inf:
+        raise UserError(f"--network-gb-s is {plan.network_gb_s}; it must be positive and finite")
     config = LlamaConfig(**shape_of(run) | ({"max_seq_len": plan.max_seq_len} if plan.max_seq_len else {}))
     try:
         where = layout(plan.parallel, plan.gpus, plan.gpus_per_machine)
     except ValueError as error:
         raise UserError(error) from None
+    alone = " (one GPU keeps the whole model)" if where.parallel != plan.parallel else ""
     lines = [
-        f"{plan.preset} on {plan.gpus} x {gpu.name} of {gpu.memory} GB, --parallel {plan.parallel}, bfloat16, sequences of "
+        f"{plan.preset} on {plan.gpus} x {gpu.name} of {gpu.memory} GB, --parallel {plan.parallel}{alone}, bfloat16, sequences of "
         f"{config.max_seq_len:,}: computed, not measured"
     ]
     step = fitting(plan, config, where, gpu)
@@ -155,7 +182,7 @@ def report(plan: Plan) -> list[str]:
         recompute = plan.activation_checkpointing if plan.activation_checkpointing != "auto" else "full"
         found = memory(config, where, max(1, plan.batch_size) * config.max_seq_len, recompute)
         lines += [*_memory(found), f"does not fit: {usable(plan, gpu) / GB:.1f} GB are to be had of {gpu.memory}"]
-        return [*lines, f"what would fit: {what_would(plan, config, gpu)}"]
+        return [*lines, f"what would fit: {what_would(plan, config, where, gpu)}"]
     return [
         *lines,
         *_memory(step.memory),
@@ -175,7 +202,9 @@ def _memory(found: Memory) -> list[str]:
 
 def _batches(plan: Plan, config: LlamaConfig, where: Layout, gpu: Gpu, step: Step) -> list[str]:
     most = {mode: largest_batch(plan, config, where, gpu, mode) for mode in RECOMPUTE}
-    found = ", ".join(f"{mode} {batch or 'does not fit'}" for mode, batch in most.items())
+    found = ", ".join(
+        f"{mode} {batch or 'does not fit'}{' or more' * (batch == MOST_SEQUENCES)}" for mode, batch in most.items()
+    )
     tokens = step.batch * step.micro_steps * where.gpus * config.max_seq_len
     return [
         f"largest micro-batch, in sequences, by --activation-checkpointing: {found}",
@@ -220,7 +249,7 @@ def _command(plan: Plan, config: LlamaConfig, where: Layout, step: Step) -> str:
     whole = (
         memory(config, Layout("ddp", 1, 1, 1), 1, "full").always // 8
     )  # the model in bfloat16, as a sample gathers it
-    sample = " --sample-tokens 0" if plan.parallel != "ddp" and step.memory.always + whole > 40 * GB else ""
+    sample = " --sample-tokens 0" if where.parallel != "ddp" and step.memory.always + whole > 40 * GB else ""
     length = f" --max-seq-len {config.max_seq_len}" if plan.max_seq_len else ""
     return (
         f"torchrun {how} --nproc-per-node {where.per_machine} train.py --preset {plan.preset} --fused --parallel {plan.parallel} "

@@ -46,12 +46,17 @@ class Layout:
 
 
 def layout(parallel: str, gpus: int, per_machine: int) -> Layout:
-    """Of --parallel. ValueError where the GPUs do not fill machines alike, or hsdp has one machine only."""
+    """Of --parallel. A process alone has the whole model, whatever that says.
+
+    ValueError where the GPUs do not fill machines alike, or hsdp has one machine only.
+    """
     if gpus > per_machine and gpus % per_machine:
         raise ValueError(f"--gpus {gpus} is not a multiple of --gpus-per-machine {per_machine}")
     here = min(gpus, per_machine)
     if parallel == "hsdp" and gpus == here:
         raise ValueError(f"--parallel hsdp needs several machines, and --gpus {gpus} are on one; say --parallel fsdp")
+    if gpus == 1:
+        parallel = "ddp"
     return Layout(parallel, gpus, {"ddp": 1, "fsdp": gpus, "hsdp": here}[parallel], here)
 
 
