@@ -63,15 +63,20 @@ def tokenizer_json(model: bytes, bos_id: int) -> dict:
 
 
 def opened_by(content: bytes, bos_id: int) -> dict:
-    """The content of a tokenizer.json that puts `bos_id` in front of a text, from one that may not (GPT-2's does not)."""
+    """The content of a tokenizer.json that puts `bos_id` in front of a text and nothing behind, from one that may do otherwise.
+
+    GPT-2's puts nothing in front, some put an end token behind, and a run may have its documents opened by another token.
+    """
     import tokenizers
 
     spec = json.loads(content)
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-    if tokenizer.encode("").ids[:1] != [bos_id]:
+    if tokenizer.encode("a").ids != [bos_id, *tokenizer.encode("a", add_special_tokens=False).ids]:
+        former = spec.get("post_processor") or {}
+        steps = former["processors"] if former.get("type") == "Sequence" else [former]
+        kept = [step for step in steps if step.get("type") == "ByteLevel"]  # of offsets; every other kind adds tokens
         template = _template(tokenizer.id_to_token(bos_id), bos_id)
-        former = spec.get("post_processor")
-        spec["post_processor"] = {"type": "Sequence", "processors": [former, template]} if former else template
+        spec["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
     return spec | {"truncation": None, "padding": None}
 
 

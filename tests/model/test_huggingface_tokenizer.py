@@ -6,7 +6,7 @@ import json
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from model.huggingface.tokenizer import tokenizer_config, tokenizer_json
+from model.huggingface.tokenizer import opened_by, tokenizer_config, tokenizer_json
 from model.sentencepiece_model import Kind, Piece, write
 from tests.support.texts import ODD, SENTENCES, texts
 
@@ -53,6 +53,21 @@ def test_the_same_tokens_and_the_same_text(change):
         assert theirs.encode(text).ids == [ours.bos_id(), *ids], text
         if ours.unk_id() not in ids:
             assert theirs.decode([ours.bos_id(), *ids]) == ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("words", ["$A", "<s> $A", "<s> $A </s>", "</s> $A"])
+@pytest.mark.parametrize("bos", ["<s>", "</s>"])
+def test_a_tokenizer_json_is_opened_by_one_token_and_by_nothing_else(model, words, bos):
+    """Whatever it did before; of kinds that add tokens none is left."""
+    theirs = read_by_theirs(tokenizer_json(model, 1))
+    bare = theirs.encode("the text", add_special_tokens=False).ids
+    processors = pytest.importorskip("tokenizers").processors
+    template = processors.TemplateProcessing(single=words, special_tokens=[("<s>", 1), ("</s>", 2)])
+    for former in (template, processors.Sequence([processors.ByteLevel(trim_offsets=False), template])):
+        theirs.post_processor = former
+        bos_id = theirs.token_to_id(bos)
+        opened = read_by_theirs(opened_by(theirs.to_str().encode(), bos_id))
+        assert opened.encode("the text").ids == [bos_id, *bare]
 
 
 def test_two_texts_are_opened_each():

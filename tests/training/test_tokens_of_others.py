@@ -5,6 +5,7 @@ import pytest
 
 import generate
 import train
+from model.llama2c.tokenizer import tokenizer_bin
 from tests.support.run_testing import TINY, arguments, call
 from training.data import tokens_of_others
 from training.data.description import describe
@@ -128,6 +129,28 @@ def test_tokens_of_another_tokenizer_are_refused(theirs, tokenizer_file, tmp_pat
         prepare(str(folder), vocab_size=290, tokenizer_file=small, **other)
     with pytest.raises(UserError, match=r"no document begins in its first [\d,]+ tokens: .*--document-token"):
         prepare(str(folder), vocab_size=300, tokenizer_file=tokenizer_file, document_token="</s>", **other)
+
+
+def test_a_stream_without_document_tokens_is_known_by_its_text(tmp_path, tokenizer_file):
+    """As nanoGPT's shakespeare, which is one document of 300,000 tokens."""
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.array(load_tokenizer(tokenizer_file).encode(" ".join(STORIES)), "<u2").tofile(folder / f"{split}.bin")
+    dataset = prepare(str(folder), vocab_size=300, data_dir=tmp_path, tokenizer_file=tokenizer_file)
+    assert (dataset.train.n_documents, dataset.val.n_documents) == (1, 1)
+    other = tmp_path / "other.model"
+    train_tokenizer([story.upper() for story in STORIES], 300, other)
+    with pytest.raises(UserError, match=r"no document begins in its first [\d,]+ tokens"):
+        prepare(str(folder), vocab_size=300, data_dir=tmp_path, tokenizer_file=other)
+
+
+def test_a_tokenizer_bin_beside_the_tokens_is_none_of_them(theirs, tokenizer_file, tmp_path):
+    folder, texts, _ = theirs
+    (folder / "tokenizer.bin").write_bytes(tokenizer_bin(tokenizer_file.read_bytes()))
+    dataset = prepare(str(folder), vocab_size=300, data_dir=tmp_path)
+    assert dataset.tokenizer.n_tokens == 300
+    assert (dataset.train.n_documents, dataset.val.n_documents) == (len(texts["train"]), len(texts["val"]))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Both are nothing but tokens, little-endian, 16 bits each (32 where the vocabulary does not fit them), without a header. nanoGPT
 ends each document with GPT-2's <|endoftext|>, llama2.c opens each with BOS and validates on its first file. Either token
-separates the documents, so both are read as streams in which it opens them.
+separates the documents, so both are read as streams in which it opens them. A stream without it is one document.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from training.data.token_stream import TokenStream
 from training.data.tokenizer import FILE_NAMES, Tokenizer
 from training.errors import UserError
 
+_TOKENIZERS = (*FILE_NAMES, "tokenizer.bin")
 _LOOKED_AT = 1 << 20  # tokens at the beginning of a file that are checked
+_ENCODED_AGAIN, _CUT = 4096, 16  # so many of them, but for the last, which the end of the text may change
 _COUNTED, _BLOCKS = 100_000_000, 64  # of a longer stream, so many blocks are counted
 
 
@@ -36,13 +38,13 @@ def token_files(folder: Path, pattern: str = "") -> dict[str, list[Path]] | None
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if pattern:
         files = [path for path in files if fnmatch.fnmatch(path.name, pattern)]
-    tokens = [path for path in files if path.suffix == ".bin"]
+    tokens = [path for path in files if path.suffix == ".bin" and path.name not in _TOKENIZERS]
     names = {path.name for path in tokens}
     if {"train.bin", "val.bin"} <= names:
         return {"train": [folder / "train.bin"], "val": [folder / "val.bin"]}
     if not tokens:
         return None
-    others = [path.name for path in files if path.suffix != ".bin" and path.name not in FILE_NAMES]
+    others = [path.name for path in files if path.suffix != ".bin" and path.name not in _TOKENIZERS]
     if others:
         raise UserError(
             f"--data {folder}: it holds tokens ({tokens[0].name}) among other files ({others[0]}); "
@@ -58,7 +60,7 @@ def token_files(folder: Path, pattern: str = "") -> dict[str, list[Path]] | None
 
 def tokenizer_beside(folder: Path) -> Path:
     """The tokenizer of such a folder, where --tokenizer names none. UserError where none lies in it or beside it."""
-    for path in (*(folder / name for name in FILE_NAMES), folder.with_name(f"{folder.resolve().name}.model")):
+    for path in (*(folder / name for name in _TOKENIZERS), folder.with_name(f"{folder.resolve().name}.model")):
         if path.is_file():
             return path
     raise UserError(
@@ -119,12 +121,19 @@ def _open(path: Path, tokenizer: Tokenizer) -> np.ndarray:
         raise UserError(f"{path} holds tokens of 32 bits, wanted 16, {of_tokenizer}")
     if (largest := int(head.max())) >= tokenizer.n_tokens:
         raise UserError(f"{path} holds token {largest}, which is none {of_tokenizer}; name theirs with --tokenizer")
-    if not (head == tokenizer.bos_id).any():
+    # A single long document, as nanoGPT's shakespeare, is known by its text: another tokenizer's would not be encoded so again.
+    if not (head == tokenizer.bos_id).any() and not _is_encoded_by(head[:_ENCODED_AGAIN].tolist(), tokenizer):
         raise UserError(
             f"{path}: no document begins in its first {len(head):,} tokens: they are none {of_tokenizer}; "
             "name theirs with --tokenizer, or the token that separates documents with --document-token"
         )
     return tokens
+
+
+def _is_encoded_by(tokens: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether the beginning of a text is encoded as this tokenizer does."""
+    again = tokenizer.encode(tokenizer.decode(tokens))
+    return len(tokens) > _CUT and again[: len(tokens) - _CUT] == tokens[:-_CUT]
 
 
 def open_tokens(folder: Path, files: dict[str, list[Path]], tokenizer: Tokenizer) -> Dataset:
