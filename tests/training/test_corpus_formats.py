@@ -85,6 +85,18 @@ def test_zstd_is_read_where_the_library_is(tmp_path):
     assert documents(path) == TEXTS
 
 
+def test_zstd_that_is_cut_short_is_named(tmp_path, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    frames = [zstandard.ZstdCompressor().compress(os.urandom(200_000).hex().encode()) for _ in range(2)]
+    path = write(tmp_path / "a.txt.zst", b"".join(frames))
+    assert sum(map(len, documents(path, split_text="0"))) > 700_000
+    for length in (5, len(frames[0]) - 1, len(frames[0]) + 1, len(path.read_bytes()) - 1):
+        write(tmp_path / "b.txt.zst", path.read_bytes()[:length])
+        with pytest.raises(UserError, match=r"b\.txt\.zst can't be read: Compressed file ended within a frame"):
+            documents(tmp_path / "b.txt.zst", split_text="0")
+
+
 def test_zstd_without_the_library_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     path = write(tmp_path / "a.txt.zst", b"\x28\xb5\x2f\xfd" + bytes(20))

@@ -22,7 +22,14 @@ from training.data.corpus.parts import Item, Part, check_document_size
 from training.errors import UserError
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # which begins as UTF-16's does
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 _READ_BYTES = 1 << 16
+_ZSTD_BYTES = 1 << 10  # of them, blocks of 128 KiB in four bytes each come to 32 MiB at most
 _OVERLAP = 64  # a separator is no longer than this
 
 
@@ -121,7 +128,34 @@ def _open_zstd(path: Path, file: BinaryIO) -> BinaryIO:
         import zstandard
     except ImportError as error:
         raise UserError(f"{path} is compressed with zstd, which needs: pip install triton-llama[zstd]") from error
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    return io.BufferedReader(_ZstdStream(file, zstandard.ZstdDecompressor()))
+
+
+class _ZstdStream(io.RawIOBase):
+    """Frames of zstd, one after another. EOFError within one: the library's own stream takes a file cut short for a whole one."""
+
+    def __init__(self, file: BinaryIO, decompressor):
+        self._file, self._decompressor = file, decompressor
+        self._frame = None
+        self._packed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._file.read(_ZSTD_BYTES)
+            if not self._packed and self._frame:
+                raise EOFError("Compressed file ended within a frame")
+            if not self._packed:
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._plain, self._packed = self._frame.decompress(self._packed), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
 
 
 def _streamed_parts(path: Path, separator: str, read: Read) -> Iterator[Part]:
@@ -179,8 +213,8 @@ def _after_next_separator(file: BinaryIO, offset: int, pattern: re.Pattern[bytes
 
 def decode(raw: bytes, path: Path, offset: int = 0) -> str:
     """Decode without translating line ends, so that the text is the file to the byte, but for a byte order mark in front."""
-    if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path} is UTF-16, wanted UTF-8; iconv -f utf-16 -t utf-8 makes it that")
+    if offset == 0 and (encoding := next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "")):
+        raise UserError(f"{path} is {encoding}, wanted UTF-8; iconv -f {encoding.lower()} -t utf-8 makes it that")
     if (nul := raw.find(b"\0")) >= 0:
         raise UserError(f"{path} is binary: it holds a NUL at byte {offset + nul}; wanted UTF-8 text")
     mark = len(codecs.BOM_UTF8) if offset == 0 and raw.startswith(codecs.BOM_UTF8) else 0
