@@ -1,5 +1,6 @@
 import io
 import pickle
+import random
 import sysconfig
 from pathlib import Path
 
@@ -170,13 +171,26 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path, vocab_size
 
 def test_the_message_names_the_vocabulary_sizes_that_fit_the_text(tmp_path):
     path = tmp_path / "t.model"
-    with pytest.raises(UserError, match="--vocab-size is 260, allowed for this text: 267 or more"):
-        train_tokenizer(["hello world"], 260, path)
+    with pytest.raises(UserError, match="--vocab-size is 260, allowed for this text: 267 or more, or a lower --char"):
+        train_tokenizer(["hello world"], 260, path, coverage=1.0)
+    with pytest.raises(UserError, match="--vocab-size is 260, allowed for this text: 261 or more"):
+        train_tokenizer(["汉字没有空格"], 260, path)
     with pytest.raises(UserError, match=r"--vocab-size is 4096, allowed for this text: up to (\d+)") as error:
         train_tokenizer(["hello world"] * 5, 4096, path)
     assert not path.exists()
     largest = int(str(error.value).split()[-1])
     assert train_tokenizer(["hello world"] * 5, largest, path).n_tokens == largest
+
+
+@pytest.mark.parametrize("vocab_size", [261, 262, 300, 700, 1024])
+def test_a_vocabulary_too_small_for_the_characters_is_filled_with_the_frequent_ones(tmp_path, vocab_size):
+    draw = random.Random(0)
+    documents = [
+        "".join(chr(0x4E00 + draw.randrange(1000)) for _ in range(100)) for _ in range(30)
+    ]  # hardly a pair twice
+    tokenizer = train_tokenizer(documents, vocab_size, tmp_path / "t.model")
+    assert tokenizer.n_tokens == vocab_size
+    assert tokenizer.decode(tokenizer.encode(documents[0])) == documents[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\0" * 100])

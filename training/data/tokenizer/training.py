@@ -36,10 +36,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path, cover
     8 to 16 million characters in all.
 
     coverage: the share of the characters of the text that are to be tokens of their own. 0 chooses: 0.9999, or where a
-    writing has more characters than fit, as many of the most frequent as fill half of the vocabulary.
+    writing has more characters than fit, as many of the most frequent as fill half of the vocabulary, or as much more of it
+    as pairs of them leave empty.
 
     Raises:
-        UserError: `vocab_size` is below what the bytes and characters take, or above what the text can fill.
+        UserError: `vocab_size` is below 260 or what the characters of `coverage` take, or above what the text can fill.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size is {vocab_size}, allowed: {MIN_VOCAB_SIZE} or more")
@@ -47,15 +48,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path, cover
     try:
         if 0 < coverage < _LEAST_COVERAGE:
             sample, coverage = _without_rare(sample, _frequent(sample, share=coverage)), 1.0
-        model = _train(sample, vocab_size, coverage or CHARACTER_COVERAGE)
+        try:
+            model = _train(sample, vocab_size, coverage or CHARACTER_COVERAGE)
+        except _TooManyCharactersError:
+            if coverage:
+                raise
+            model = _train_frequent(sample, vocab_size)
     except _TooManyCharactersError as error:
-        room = (vocab_size - MIN_VOCAB_SIZE + 1) // 2
-        if coverage or not room:
-            lower = f", or a lower --character-coverage than {coverage}" if coverage else ""
-            raise UserError(
-                f"--vocab-size is {vocab_size}, allowed for this text: {error.needed} or more{lower}"
-            ) from error
-        model = _train(_without_rare(sample, _frequent(sample, at_most=room)), vocab_size, 1.0)
+        lower = f", or a lower --character-coverage than {coverage}" if coverage else ""
+        raise UserError(
+            f"--vocab-size is {vocab_size}, allowed for this text: {error.needed} or more{lower}"
+        ) from error
     path.write_bytes(model)
     return SentencePieceTokenizer(model, str(path))
 
@@ -67,8 +70,26 @@ class _TooManyCharactersError(Exception):
         self.needed = needed
 
 
+class _TooFewPairsError(UserError):
+    """The text is too short for the vocabulary: it fills one of `most` tokens."""
+
+    def __init__(self, vocab_size: int, most: int):
+        super().__init__(f"--vocab-size is {vocab_size}, allowed for this text: up to {most}")
+        self.most = most
+
+
+def _train_frequent(sample: list[str], vocab_size: int) -> bytes:
+    """As `_train`, with as many characters as fill half of the vocabulary, and what pairs of them leave empty."""
+    room = max(1, (vocab_size - MIN_VOCAB_SIZE + 1) // 2)
+    try:
+        return _train(_without_rare(sample, _frequent(sample, at_most=room)), vocab_size, 1.0)
+    except _TooFewPairsError as error:
+        room += vocab_size - error.most
+        return _train(_without_rare(sample, _frequent(sample, at_most=room)), vocab_size, 1.0)
+
+
 def _train(sample: list[str], vocab_size: int, coverage: float) -> bytes:
-    """The model file. UserError where the text is too short for the vocabulary."""
+    """The model file. _TooManyCharactersError or _TooFewPairsError where the text does not fit the vocabulary."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -93,7 +114,7 @@ def _train(sample: list[str], vocab_size: int, coverage: float) -> bytes:
         if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise _TooManyCharactersError(int(found[1])) from error
         if found := re.search(r"value <= (\d+)", str(error)):
-            raise UserError(f"--vocab-size is {vocab_size}, allowed for this text: up to {found[1]}") from error
+            raise _TooFewPairsError(vocab_size, int(found[1])) from error
         raise
     return model.getvalue()
 
