@@ -27,15 +27,18 @@ PATHS = ("config", "data", "data_dir", "tokenizer", "out_dir", "init_from")
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line asks for, checked.
 
-    Raises UserError for an unknown option and a mistake in a value or in a file of defaults, and SystemExit as tyro does:
-    status 0 after --help, 2 for a value of another type.
+    Raises UserError for an unknown option and a mistake in a value or in a file of defaults, and SystemExit with status 0
+    after --help.
     """
     arguments = spelling.spelled_out(arguments, TrainConfig, _spellings())
     early = _read_ahead(arguments)
     if early.get("config") == "":
         raise UserError("--config is empty; name a TOML file, or leave it out")
+    if early.get("init_from") == "":
+        raise UserError("--init-from is empty; allowed: scratch, resume, or what holds weights")
     if early.pop("optimizer", "") == "fused-adamw":
         raise UserError("--optimizer fused-adamw is now --kernels adamw, which --fused and --kernels all include")
+    spelling.check_types(arguments, TrainConfig, _spellings())
     file = _read_toml(Path(early["config"]), "--config") if "config" in early else {}
     asked = file | _with_home(file) | early
     preset = asked.get("preset")

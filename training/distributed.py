@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from training import launcher
 from training.config import TrainConfig
-from training.errors import UserError, fail
+from training.errors import UserError, fail, refused
 from training.launcher import Launch
 from training.notices import Notices
 from training.stopping import killed_by_signals, status_of
@@ -236,6 +236,7 @@ def _check(config: TrainConfig, world: World) -> None:
 
 def _fail_together(world: World, error: BaseException) -> None:
     """Tell the others, and end as the first that failed: that one speaks, here or above; the others are silent."""
+    error = refused(error) or error
     notices, status = world._links.notices, status_of(error)
     lost = _as_lost(error)
     first = notices.fail(status)

@@ -6,7 +6,6 @@ What a path is, its shape and its tokenizer are told without torch, so that `--i
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,7 +173,11 @@ def _is_sentencepiece(file: Path) -> bool:
 
 def of_option(init_from: str, which: str = "last") -> Pretrained:
     """The weights that --init-from names. UserError as `find`."""
-    if not os.path.exists(init_from):  # pathlib's raises for a name that is too long
+    try:
+        is_there = Path(init_from).exists()
+    except OSError as error:
+        raise UserError(f"--init-from {init_from} cannot be read: {error.strerror}") from None
+    if not is_there:
         raise UserError(
             f"--init-from is {init_from!r}, and there is no such file or folder; allowed: scratch, resume, or {KINDS}"
         )

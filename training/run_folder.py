@@ -69,7 +69,11 @@ def refuse_weights(out_dir: str | Path) -> None:
     """
     out_dir = Path(out_dir)
     for name, held in (("manifest.json", "a checkpoint"), ("config.json", "a model of Hugging Face")):
-        if (out_dir / name).is_file():
+        try:
+            is_there = (out_dir / name).is_file()
+        except OSError as error:
+            raise _cannot_write(out_dir, error) from None
+        if is_there:
             raise UserError(f"--out-dir {out_dir} holds {held} itself ({name}); name another folder")
 
 

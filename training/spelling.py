@@ -6,7 +6,7 @@ Imports neither torch nor triton.
 import difflib
 import typing
 from dataclasses import fields
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -21,13 +21,15 @@ Spellings = dict[str, str]
 def read(options: type[T], arguments: list[str], *, positional: tuple[str, ...] = ()) -> T:
     """The options of a program; positional: fields that are given without their names.
 
-    Raises UserError for an unknown option and one without a value, and SystemExit as tyro does: status 0 after --help, 2 for a
-    value of another type.
+    Raises UserError for an unknown option, one without a value and a value of another type, and SystemExit with status 0 after
+    --help.
     """
     names = {field.name: field.name for field in fields(options) if field.name not in positional}  # type: ignore[arg-type]
+    spelled = spelled_out(arguments, options, names)
+    check_types(spelled, options, names)
     found, unknown = tyro.cli(
         options,
-        args=spelled_out(arguments, options, names),
+        args=spelled,
         description=options.__doc__,
         return_unknown_args=True,
     )
@@ -39,6 +41,8 @@ def refuse(unknown: list[str], names: Spellings) -> None:
     """UserError for words of a command line that no option takes."""
     if not unknown:
         return
+    if unknown[0].partition("=")[0].replace("_", "-") in map(option, names):  # tyro takes no option behind it
+        raise UserError("unexpected '--'; options are --name value, and switches --name or --no-name")
     if not unknown[0].startswith("-"):
         raise UserError(f"unexpected {unknown[0]!r}; options are --name value, and switches --name or --no-name")
     raise UserError(unknown_option(unknown[0].partition("=")[0], [option(name) for name in names]))
@@ -73,7 +77,7 @@ def spelled_out(arguments: list[str], options: type, names: Spellings) -> list[s
         elif has_value or not (rest and rest[0].startswith("-")):
             if not (has_value or rest):
                 raise UserError(f"{name} needs a value")
-            spelled += [word] if has_value else [word, rest.pop(0)]
+            spelled.append(word if has_value else f"{name}={rest.pop(0)}")
         else:
             value = rest.pop(0)
             known = value.partition("=")[0] in {*fields_by_word, *negated, "--help", "-h"}
@@ -84,6 +88,23 @@ def spelled_out(arguments: list[str], options: type, names: Spellings) -> list[s
                 raise UserError(f"{name} needs a value{other}")
             spelled.append(f"{name}={value}")
     return spelled
+
+
+def check_types(spelled: list[str], options: type, names: Spellings) -> None:
+    """UserError for a value of another type in what `spelled_out` gave, which the parser proper says in a box of lines."""
+    types = typing.get_type_hints(options)
+    for word in spelled:
+        name, has_value, value = word.partition("=")
+        field = names.get(name.removeprefix("--").replace("-", "_")) if has_value and name.startswith("--") else None
+        wanted = types[field] if field else None
+        allowed = [str(value) for value in typing.get_args(wanted)]
+        if typing.get_origin(wanted) is Literal and value not in allowed:
+            raise UserError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if wanted in (int, float):
+            try:
+                wanted(value)
+            except ValueError:
+                raise UserError(f"{name} is {value!r}; wanted a {'whole ' * (wanted is int)}number") from None
 
 
 def _switch(name: str, value: str) -> str:

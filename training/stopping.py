@@ -11,8 +11,8 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from training import launcher
-from training.errors import UserError, fail
-from training.log.console import silence_stdout
+from training.errors import UserError, fail, refused
+from training.log.console import open_closed_streams, silence_stdout
 
 T = TypeVar("T")
 
@@ -21,21 +21,26 @@ T = TypeVar("T")
 def exit_statuses(*, speaks: bool = True) -> Iterator["StopSignal"]:
     """Put around a whole program: what the user or the system may cause ends it with an exit status and no traceback.
 
-    2 and one line on stderr for a UserError, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP (unless it is ignored, as `nohup`
-    has it), 141 where the reader of stdout has gone (`| head`). speaks: without it the line is left to another process.
+    2 and one line on stderr for a UserError and for what the system refuses, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP
+    (unless it is ignored, as `nohup` has it), 141 where the reader of stdout has gone (`| head`). speaks: without it the line is
+    left to another process.
     """
+    open_closed_streams()
     try:
         with StopSignal() as stop:
             yield stop
-    except UserError as error:
-        if not speaks:
-            raise SystemExit(2) from None
-        fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         silence_stdout()
         raise SystemExit(141) from None
+    except (UserError, OSError) as error:
+        told = error if isinstance(error, UserError) else refused(error)
+        if told is None:
+            raise
+        if not speaks:
+            raise SystemExit(2) from None
+        fail(told)
 
 
 def status_of(error: BaseException) -> int:

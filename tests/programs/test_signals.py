@@ -192,6 +192,40 @@ def test_what_is_ignored_from_the_start_stays_ignored(tmp_path, text):
     assert re.search("^done: 12 steps", result.out, re.M)
 
 
+CLOSED = """
+import os, sys
+for number in map(int, sys.argv.pop()):
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-c", sys.argv.pop(), *sys.argv[1:]])
+"""
+STREAMS = """
+import sys
+from training.stopping import exit_statuses
+with exit_statuses():
+    print("out"), print("err", file=sys.stderr), sys.stdin.read()
+    with open(sys.argv[1], "w") as file:
+        file.write(str(file.fileno()))
+    if len(sys.argv) > 2:
+        open(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("numbers", ["1", "2", "12", "012"])
+def test_a_program_may_be_started_without_stdin_stdout_or_stderr(tmp_path, numbers):
+    result = finish(start("", [str(tmp_path / "file"), STREAMS, numbers], code=CLOSED))
+    assert result == Result(0, "" if "1" in numbers else "out\n", "" if "2" in numbers else "err\n")
+    assert int((tmp_path / "file").read_text()) > 2  # where what libraries print would end up in it
+
+
+def test_what_the_system_refuses_is_a_line_and_what_is_not_there_a_bug(tmp_path):
+    words = [str(tmp_path / "file"), str(tmp_path / "file" / "x")]
+    result = finish(start("", words, code=STREAMS))
+    assert (result.status, result.err) == (2, f"err\n-c: error: {words[1]}: Not a directory\n")
+    words[1] = str(tmp_path / "x")
+    result = finish(start("", words, code=STREAMS))
+    assert (result.status, "FileNotFoundError" in result.err) == (1, True)
+
+
 LIBRARY_CALL = """
 import hashlib, sys, time
 from training.stopping import answering_signals, exit_statuses

@@ -111,8 +111,8 @@ def prepare(
     key += [character_coverage] if character_coverage and not tokenizer else []
     slug = re.sub(r"[^\w.-]+", "-", corpus.name).strip(".-")[:60]
     folder = data_dir / f"{slug}-{vocab_size}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        try:
+    try:
+        if not folder.exists():
             data_dir.mkdir(parents=True, exist_ok=True)
             with folder_lock.held(data_dir / f".lock-{folder.name}", wait=partial(_say_who_prepares, folder)):
                 if not folder.exists():
@@ -125,8 +125,8 @@ def prepare(
                         workers=workers or default_workers(),
                         progress=progress,
                     )
-        except OSError as error:
-            raise UserError(f"--data {data} can't be prepared in {data_dir}: {error}") from error
+    except OSError as error:
+        raise UserError(f"--data {data} can't be prepared in {data_dir}: {error.strerror or error}") from error
     return open_dataset(folder)
 
 

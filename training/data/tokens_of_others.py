@@ -32,9 +32,9 @@ def token_files(folder: Path, pattern: str = "") -> dict[str, list[Path]] | None
 
     pattern: --data-files. Raises UserError for tokens among other files, or without a file to validate on.
     """
-    if not folder.is_dir():
-        return None
     with reading(folder):
+        if not folder.is_dir():
+            return None
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if pattern:
         files = [path for path in files if fnmatch.fnmatch(path.name, pattern)]

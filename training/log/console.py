@@ -92,6 +92,16 @@ def printable(text: str, encoding: str) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def open_closed_streams() -> None:
+    """Where a program was started without stdin, stdout or stderr (`>&-`): what it prints goes nowhere, and no file that it
+    opens takes their numbers, on which libraries print.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(null if null == number else os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open
+
+
 def silence_stdout() -> None:
     """Let what is still written to stdout go nowhere: its reader has gone, and the flush at exit would say so again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

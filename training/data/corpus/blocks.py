@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from training.data.corpus import parts
 from training.data.corpus.parts import Item, Part, check_document_size
@@ -136,7 +136,7 @@ class _ZstdStream(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, decompressor):
         self._file, self._decompressor = file, decompressor
-        self._frame = None
+        self._frame: Any = None  # the library's object for the frame that is begun
         self._packed = self._plain = b""
 
     def readable(self) -> bool:
