@@ -46,20 +46,21 @@ def read(folder: Path = RESULTS) -> list[Result]:
 
 def read_one(path: str | Path) -> Result:
     """The result in a file. UserError, naming it, where it is not there or no command of the bench wrote it."""
-    return read_files([Path(path)])[0]
+    return _read(Path(path))
 
 
 def read_files(paths: Iterable[Path]) -> list[Result]:
     """The results in these files by their dates; errors as those of `read`."""
-    results = []
-    for path in sorted(paths):
-        try:
-            result = Result(path, json.loads(path.read_text(encoding="utf-8")))
-            _ = result.bench, result.gpu, result.date
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path} is not what a command of the bench writes ({reason}); delete it") from None
-        results.append(result)
-    return sorted(results, key=lambda result: result.date)
+    return sorted((_read(path, "; delete it") for path in sorted(paths)), key=lambda result: result.date)
+
+
+def _read(path: Path, advice: str = "") -> Result:
+    try:
+        result = Result(path, json.loads(path.read_text(encoding="utf-8")))
+        _ = result.bench, result.gpu, result.date
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not what a command of the bench writes ({reason}){advice}") from None
+    return result

@@ -381,7 +381,8 @@ def _roofline(results: list[Result]) -> str:
         for of in result.data["gpus"]:
             largest = max(of["rows"], key=lambda row: row["share"])
             where = " ".join((largest["op"], largest["part"])).strip()
-            ceilings = f"{of['copy_tb_s']:.2f} TB/s, {of['matmul_tflops']:.0f} TFLOP/s"
+            copy = f"{of['copy_tb_s']:.2f} TB/s ({of['copy_source']})"
+            ceilings = f"{copy}, {of['matmul_tflops']:.0f} TFLOP/s ({of['matmul_source']})"
             floor = [f"{of['ms']:.1f}", f"{of['mfu']:.1%}", f"{where} ({largest['share']:.0%})"]
             rows.append([result.data["preset"], of["gpu"], ceilings, *floor])
     return table(["preset", "GPU", "ceilings", "ms/step", "MFU", "largest"], rows, numbers_from=3) if rows else ""

@@ -56,7 +56,7 @@ def measure(options: Waterfall, console: Console) -> dict:
     """Print the waterfall and return (and write, where asked) the result."""
     command.check_writable(options.json)
     gpu, config = named_gpu(options.gpu), defaults(options.preset, "cpu")
-    results = archive.read()
+    results, here = archive.read(), environment()  # before a prediction lets there seem to be a GPU
     if options.step and (options.predicted or options.compiled):
         raise UserError("--step is a measured step; it goes with neither --predicted nor --compiled")
     result = None
@@ -64,7 +64,7 @@ def measure(options: Waterfall, console: Console) -> dict:
         result = of_measured(options, config, gpu, results)
     if result is None:
         result = of_predicted(options, config, gpu, results, console)
-    result["environment"] = environment()
+    result["environment"] = here
     console.print(table(result))
     if options.json:
         write_json(options.json, result)
@@ -115,10 +115,9 @@ def of_predicted(options: Waterfall, config: TrainConfig, gpu: Gpu, results: lis
         compiled = archive.read_one(options.compiled).data
         if compiled["bench"] != "compiled" or "launches" not in compiled:
             raise UserError(f"--compiled {options.compiled} is no result of bench.compiled")
-        if compiled["preset"] != options.preset:
-            raise UserError(
-                f"--compiled {options.compiled} is of {compiled['preset']}, and --preset is {options.preset}"
-            )
+        for option, what, given in (("preset", "preset", options.preset), ("gpu", "built_for", gpu.name)):
+            if compiled[what] != given:
+                raise UserError(f"--compiled {options.compiled} is of {compiled[what]}, and --{option} is {given}")
     else:
         from bench.compiled import __main__ as bench_compiled
         from bench.compiled import without_gpu

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -85,6 +86,7 @@ def write_loss_parity(folder, **place):
 def write_roofline(folder, **place):
     row = {"op": "linear", "part": "wo", "ms": 4.0, "share": 1.0}
     of = {"gpu": "H100 SXM", "copy_tb_s": 3.0, "matmul_tflops": 800, "ms": 4.0, "mfu": 0.5, "rows": [row]}
+    of |= {"copy_source": "measured", "matmul_source": "datasheet"}
     measured = [{"variant": "fused", "ms": 5.0}]
     return write(folder, "roofline", "roofline", preset="reference", gpus=[of | {"measured": measured}], **place)
 
@@ -100,6 +102,13 @@ def test_the_readme_says_what_the_results_say():
     readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
     expected = with_block(readme, readme_block(archive.read(RESULTS)))
     assert readme == expected, "README.md's tables are not what bench/results/ says: run python -m bench.report"
+
+
+@pytest.mark.parametrize("result", archive.read(RESULTS), ids=lambda result: "/".join(result.path.parts[-2:]))
+def test_a_result_lies_in_the_folder_of_the_device_that_made_it(result):
+    """What no GPU ran, a prediction for one too, is a CPU's."""
+    device = re.sub(r"\W+", "-", (result.data["environment"]["gpu"] or "cpu").lower())
+    assert re.sub(r"^\d{4}-\d\d-\d\d-", "", result.path.parent.name) == device
 
 
 def test_with_no_results_every_goal_has_a_row_that_is_marked_unmeasured():
@@ -359,7 +368,7 @@ def test_the_summary_of_a_run_is_ten_lines_at_most(tmp_path):
 
 def test_the_page_says_what_the_floor_is_mostly_made_of(tmp_path):
     write_roofline(tmp_path)
-    row = "| reference | H100 SXM | 3.00 TB/s, 800 TFLOP/s | 4.0 | 50.0% | linear wo (100%) |"
+    row = "| reference | H100 SXM | 3.00 TB/s (measured), 800 TFLOP/s (datasheet) | 4.0 | 50.0% | linear wo (100%) |"
     assert row in results_page(archive.read(tmp_path), [])
 
 

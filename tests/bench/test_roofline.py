@@ -13,6 +13,7 @@ from rich.console import Console
 from bench import archive
 from bench.archive import Result
 from bench.ops.rows import OpRow, Speed
+from bench.report.standings import Standings
 from bench.roofline import __main__ as roofline
 from bench.roofline.__main__ import (
     Ceilings,
@@ -86,6 +87,16 @@ def test_each_product_by_itself_takes_the_longer_of_the_two():
     halfway = Ceilings(H100, 1e9, "given", 1e9 * 2 * 256 * 64 * 64 / 74_000, "given")
     row = next(row for row in floor(TINY, halfway)["rows"] if row["part"] == "wo")
     assert row["ms"] > max(row["ms_matrix"], row["ms_memory"]) * 1.001
+
+
+@pytest.mark.parametrize("of", Standings(archive.read()).newest("roofline", "preset"), ids=lambda of: of.data["preset"])
+def test_what_is_committed_is_the_floor_of_todays_formula(of):
+    for gpu in of.data["gpus"]:
+        rows = floor(defaults(of.data["preset"], "cpu"), MEASURED)["rows"]
+        counted = [
+            [(row["op"], row["part"], row["bytes"], row["flops"]) for row in side] for side in (gpu["rows"], rows)
+        ]
+        assert counted[0] == counted[1], f"python -m bench.roofline --preset {of.data['preset']} --json {of.path}"
 
 
 def test_the_step_is_the_sum_of_its_rows():
