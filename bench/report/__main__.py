@@ -246,7 +246,8 @@ def results_page(results: list[Result], drawn: list[str]) -> str:
     ]
     parts += [
         "## What a compiled step launches\n",
-        "Built without a GPU, not measured: which launches there are, and the bytes of their tensors. A library call is one.\n",
+        "Built without a GPU, not measured: which launches there are, and the bytes of their tensors. A library call is one. "
+        "Micro-steps after the first launch a little more, which the whole step counts.\n",
         _compiled(standings.newest("compiled", "preset", "kernels")) or _nothing("bench.compiled"),
     ]
     parts += [
