@@ -13,6 +13,7 @@ import tyro
 
 from training import pretrained, spelling
 from training.errors import UserError
+from training.log import console
 from training.pretrained import Pretrained
 from training.stopping import exit_statuses
 
@@ -71,9 +72,10 @@ def main() -> None:
         weights = pretrained.find(config.weights, config.which)
         write = write_huggingface if config.format == "huggingface" else write_llama2c
         try:
-            print(write(config, weights))
+            told = write(config, weights)
         except OSError as error:
             raise UserError(f"{config.out} cannot be written: {error.strerror or error}") from None
+        console.write(told)
 
 
 def write_huggingface(config: ExportConfig, weights: Pretrained) -> str:

@@ -15,7 +15,7 @@ from model.config import option
 from training import pretrained, spelling
 from training.config import TrainConfig, is_text, why_no_kernels
 from training.errors import UserError
-from training.log.console import printable
+from training.log import console
 from training.log.transcript import GrowingText, Transcript
 from training.machine import out_of_memory_is_told, require_compiler
 from training.stopping import exit_statuses
@@ -195,7 +195,7 @@ class Writer:
     def converse(self, text: str) -> None:
         """Put what is typed behind the text, a line at a time, and let the model go on. UserError where its context is full."""
         if text:
-            print(printable(text, sys.stdout.encoding or "utf-8"))
+            console.write(text)
         for line in typed_lines():
             text += line.removesuffix("\n")
             tokens = self._encode(text, "the text")

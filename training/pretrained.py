@@ -195,7 +195,7 @@ def find(path: str | Path, which: str = "last") -> Pretrained:
         if which != "last" and (path.is_file() or (path / "config.json").is_file() or is_checkpoint):
             raise UserError(f"--which {which} chooses in a run's folder, and {path} is none; leave the option out")
         if path.is_file():
-            return Pretrained("llama2c", path, llama2c.read_header(path).shape, dict(llama2c.ASSUMED))
+            return Pretrained("llama2c", path, _shape_of_llama2c(path), dict(llama2c.ASSUMED))
         if (path / "config.json").is_file():
             return Pretrained("huggingface", path, _shape_of_huggingface(path), {})
         if not is_checkpoint:
@@ -212,6 +212,13 @@ def find(path: str | Path, which: str = "last") -> Pretrained:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _shape_of_llama2c(path: Path) -> dict:
+    try:
+        return llama2c.read_header(path).shape
+    except ValueError as error:  # which names the path, perhaps that of a file within one of the others
+        raise ValueError(f"{error}; wanted {KINDS}") from None
 
 
 def _shape_of_huggingface(folder: Path) -> dict:

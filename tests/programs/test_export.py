@@ -205,7 +205,10 @@ def test_bad_input_is_named(run, tmp_path):
     refused(
         call(export, [str(tmp_path / "missing"), out]), "there is no checkpoint 'last' in .*missing, which is no folder"
     )
-    refused(call(export, [str(nothing / "notes.txt"), out]), "notes.txt is no llama2.c file: it has 1 bytes")
+    refused(
+        call(export, [str(nothing / "notes.txt"), out]),
+        "notes.txt is no llama2.c file: it has 1 bytes; wanted a run's folder, ",
+    )
     bare = write_folder(tmp_path / "bare", llama(), tokenizer=False)
     refused(
         call(export, [str(bare), out]),
@@ -284,6 +287,20 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_is_named(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
     tmp_path.chmod(0o500)
     refused(call(export, [str(run), str(tmp_path / "out")]), "out cannot be written: Permission denied")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that takes nothing")
+@pytest.mark.parametrize("program", ["generate", "export"])
+def test_a_full_disk_behind_stdout_is_not_taken_for_another(run, tmp_path, program):
+    words = [tmp_path / "hf"] if program == "export" else ["--device=cpu", "--max-new-tokens=3"]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / f"{program}.py", run, *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"{program}.py: error: stdout could not be written: No space left on device\n",
+    )
+    assert (tmp_path / "hf" / "tokenizer.json").exists() == (program == "export")
 
 
 def test_help_and_mistakes_import_nothing_heavy(tmp_path):

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from training.errors import UserError
+
 
 class Console:
     """Prints lines. Where stdout is a file or a pipe that is all: no control character is ever written to one."""
@@ -51,6 +53,17 @@ def say(text: str) -> None:
             complain(
                 f"stdout could not be written: {error.strerror or error}; the run goes on without the lines it misses"
             )
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Print on stdout what a program was called for. UserError where it can't be written, but for a reader that has gone."""
+    try:
+        print(printable(text, sys.stdout.encoding or "utf-8"), end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence_stdout()
+        raise UserError(f"stdout could not be written: {error.strerror or error}") from None
 
 
 def _leave_stdout() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from training.log.console import printable
+from training.log import console
 
 if TYPE_CHECKING:
     from training.data.tokenizer import Tokenizer
@@ -65,7 +64,7 @@ class Transcript:
     def write(self, number: int, text: str) -> None:
         """Add to a text."""
         if number == self._current:
-            self._print(text)
+            console.write(text, end="")
         else:
             self._waiting[number] += text
 
@@ -75,7 +74,4 @@ class Transcript:
         while self._current < len(self._ended) and self._ended[self._current]:
             self._current += 1
             has_next = self._current < len(self._ended)
-            self._print(f"\n{SEPARATOR}\n{self._waiting[self._current]}" if has_next else "\n")
-
-    def _print(self, text: str) -> None:
-        print(printable(text, sys.stdout.encoding or "utf-8"), end="", flush=True)
+            console.write(f"\n{SEPARATOR}\n{self._waiting[self._current]}" if has_next else "\n", end="")
