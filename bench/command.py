@@ -1,5 +1,6 @@
 """What every command of the bench does at its edges: options in, a mistake in one line, a stop that keeps what was measured."""
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,9 @@ def terminal() -> Console:
 
 
 def check_at_least(options: Any, **least: int) -> None:
-    """UserError, naming the option, unless each of these is at least so much."""
+    """UserError, naming the option, unless each of these is a finite number and at least so much."""
     for name, minimum in least.items():
-        if getattr(options, name) < minimum:
+        if not minimum <= getattr(options, name) < math.inf:  # so that no NaN passes, either
             raise UserError(f"{option(name)} is {getattr(options, name)}; it must be at least {minimum}")
 
 

@@ -76,7 +76,7 @@ def measure(options: TimeToLoss, console: Console) -> dict:
     set_determinism(config.deterministic)
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
-    names = options.runs or _possible(device)
+    names = list(dict.fromkeys(options.runs)) or _possible(device)
     for name in names:
         _check_run(name, device)
     dataset = prepare(config.data, vocab_size=config.vocab_size, data_dir=config.data_dir, progress=True)

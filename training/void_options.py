@@ -10,6 +10,12 @@ def remarks(config: TrainConfig) -> list[str]:
         found.append("--sample-prompt has no effect: --sample-tokens is 0")
     if config.which != "last" and config.init_from == "scratch":
         found.append(f"--which {config.which} has no effect: --init-from is scratch")
+    if config.check_steps > config.max_iters:
+        found.append(
+            f"--check-steps {config.check_steps} has no effect: the run has --max-iters {config.max_iters} steps"
+        )
+    if config.momentum != TrainConfig.momentum and config.optimizer != "muon":
+        found.append(f"--momentum {config.momentum} has no effect: --optimizer is {config.optimizer}")
     if config.wandb_run_name and not config.wandb_log:
         found.append("--wandb-run-name has no effect without --wandb-log")
     return found

@@ -62,6 +62,7 @@ def measure(options: Waterfall, console: Console) -> dict:
     result = None
     if not options.predicted and not options.compiled:
         result = of_measured(options, config, gpu, results)
+    _check_used(options, is_measured=result is not None)
     if result is None:
         result = of_predicted(options, config, gpu, results, console)
     result["environment"] = here
@@ -69,6 +70,22 @@ def measure(options: Waterfall, console: Console) -> dict:
     if options.json:
         write_json(options.json, result)
     return result
+
+
+def _check_used(options: Waterfall, *, is_measured: bool) -> None:
+    """UserError for an option that says what the step shall have, where the step comes from elsewhere."""
+    given = Waterfall()
+    if is_measured and options.kernels != given.kernels:
+        raise UserError(
+            f"--kernels {options.kernels} is of a predicted step, and this one is measured, {options.variant}; add --predicted"
+        )
+    if options.compiled and options.kernels != given.kernels:
+        raise UserError(f"--kernels {options.kernels}: the kernels of --compiled {options.compiled} are in that file")
+    if not is_measured and options.variant != given.variant:
+        raise UserError(
+            f"--variant {options.variant} is of a measured step: bench/results has no profile of it for {options.preset} on "
+            f"{options.gpu}, or a predicted one is asked for; of that --kernels says what it has"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- sources

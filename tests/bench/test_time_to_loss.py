@@ -84,6 +84,10 @@ def test_a_run_is_the_same_when_it_is_run_again(options, console):
     assert [(step, loss) for step, _, loss in first] == [(step, loss) for step, _, loss in second]
 
 
+def test_a_run_that_is_named_twice_is_made_once(options, console):
+    assert len(measure(options(seeds=1, steps=4, runs=["plain", "plain"]), console)["rows"]) == 1
+
+
 def test_lines_say_what_was_not_reached():
     curve = [(0, 0.0, 5.0), (11, 2.0, 4.0)]
     rows = [
@@ -106,6 +110,11 @@ def test_lines_say_what_was_not_reached():
 def test_a_run_that_is_none_is_refused(options, console, runs, message):
     with pytest.raises(UserError, match=message):
         measure(options(runs=runs), console)
+
+
+def test_a_target_that_is_no_number_is_refused(options, console):
+    with pytest.raises(UserError, match="--target is nan; it must be at least 0"):
+        measure(options(target=float("nan")), console)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it can run on a GPU")

@@ -265,6 +265,30 @@ def test_the_gpu_that_a_prediction_is_for_is_not_the_one_that_made_it(console, m
     assert (result["of_gpu"], result["environment"]["gpu"]) == ("B200", here)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"kernels": "rms_norm"},
+            "--kernels rms_norm is of a predicted step, and this one is measured, fused; add --pred",
+        ),
+        (
+            {"kernels": "none", "compiled": "c.json"},
+            "--kernels none: the kernels of --compiled c.json are in that file",
+        ),
+        (
+            {"variant": "compiled"},
+            "--variant compiled is of a measured step: bench/results has no profile of it for ref",
+        ),
+        ({"variant": "compiled", "predicted": True}, "--variant compiled is of a measured step"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(console, monkeypatch, options, words):
+    monkeypatch.setattr(archive, "read", lambda: [Result(None, step())])
+    with pytest.raises(UserError, match=words):
+        measure(Waterfall(**options), console)
+
+
 def test_the_report_draws_it(console, monkeypatch, tmp_path):
     monkeypatch.setattr(archive, "read", lambda: [Result(None, step())])
     result = measure(Waterfall(), console) | {"environment": environment()}

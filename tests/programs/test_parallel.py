@@ -32,3 +32,20 @@ def test_two_processes_train_evaluate_and_sample_as_one_and_either_goes_on(tmp_p
         for step, line in ones.items():
             wanted = [line[key] for key in keys]
             assert [twos[step][key] for key in keys] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_dropout_and_recomputation_of_shares_go_on_to_the_bit(tmp_path):
+    options = TINY | OPTIONS | {"data": write_text(tmp_path / "text.txt"), "data_dir": tmp_path / "data"}
+    options |= {"dropout": 0.2, "parallel": "fsdp", "eval_iters": 1}
+    options |= {"decay_lr": False, "warmup_iters": 0}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    again = {"out_dir": halves, "activation_checkpointing": "full"}
+    for more in ({"out_dir": whole}, again | {"max_iters": 2}, again | {"init_from": "resume"}):
+        results = [finish(process) for process in start_many(arguments(**options | more))]
+        assert [result.status for result in results] == [0, 0], results
+    losses = [
+        [(line["step"], line["loss"], line["grad_norm"]) for line in records(of, "step")] for of in (whole, halves)
+    ]
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]

@@ -31,6 +31,8 @@ def test_of_the_presets_nothing_is_told(preset):
         ({"schedule": "wsd", "max_iters": 1200}, "--warmup-iters 1000 ends within the last 240 steps of 1200"),
         ({"sample_prompt": "Once", "sample_tokens": 0}, "--sample-prompt has no effect: --sample-tokens is 0"),
         ({"which": "best"}, "--which best has no effect: --init-from is scratch"),
+        ({"check_steps": 100_001}, "--check-steps 100001 has no effect: the run has --max-iters 100000 steps"),
+        ({"momentum": 0.9}, "--momentum 0.9 has no effect: --optimizer is adamw"),
         ({"wandb_run_name": "mine"}, "--wandb-run-name has no effect without --wandb-log"),
     ],
 )
@@ -48,6 +50,8 @@ def test_what_is_void_is_told(options, told):
         {"schedule": "wsd", "decay_iters": 5},
         {"which": "best", "init_from": "resume"},
         {"sample_prompt": "Once"},
+        {"check_steps": 100_000},
+        {"momentum": 0.9, "optimizer": "muon"},
     ],
 )
 def test_what_has_its_effect_is_not_told(options):
