@@ -1,6 +1,7 @@
 """What every command of the bench does at its edges: options in, a mistake in one line, a stop that keeps what was measured."""
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,13 @@ def run(options_class: type, description: str, body: Callable[[Any, Console], ob
     except KeyboardInterrupt:
         print("stopped; what was measured so far is kept", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def leave_interpreter() -> None:
+    """Begin the command again in a process without Triton's interpreter, whose kernels can't be compiled, if this one has it."""
+    if "TRITON_INTERPRET" in os.environ:
+        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        os.execve(sys.executable, [sys.executable, *program().split()[1:], *sys.argv[1:]], environ)
 
 
 def program() -> str:

@@ -21,8 +21,6 @@ No GPU is needed, and none is asked; a build of PyTorch with CUDA is. Nothing is
 they move is counted, how long they take is not here.
 """
 
-import os
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -190,9 +188,7 @@ def words(options: CompiledOptions) -> list[str]:
 
 def main() -> None:
     """Run the command, in a process without Triton's interpreter, whose kernels can't be compiled."""
-    if "TRITON_INTERPRET" in os.environ:
-        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        os.execve(sys.executable, [sys.executable, "-m", "bench.compiled", *sys.argv[1:]], environ)
+    command.leave_interpreter()
     command.run(CompiledOptions, __doc__, measure)
 
 

@@ -185,9 +185,7 @@ def selection(options: MachineCodeOptions) -> list[str]:
 
 def main() -> int:
     """Parse the command line and run it; 2 for a user's mistake, 130 after Ctrl-C."""
-    if "TRITON_INTERPRET" in os.environ:  # kernels that were defined in the interpreter cannot be compiled
-        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        os.execve(sys.executable, [sys.executable, "-m", "bench.machine_code", *sys.argv[1:]], environ)
+    command.leave_interpreter()
     options = tyro.cli(MachineCodeOptions, description=MachineCodeOptions.__doc__, prog=command.program())
     try:
         return run(options, Console(width=None if sys.stdout.isatty() else 200))

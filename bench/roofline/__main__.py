@@ -16,8 +16,6 @@ floor leaves out.
 """
 
 import difflib
-import os
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -344,9 +342,7 @@ def _batch(result: dict) -> str:
 
 def main() -> None:
     """Run the command, in a process without Triton's interpreter: kernels that it holds launch nothing to be counted."""
-    if "TRITON_INTERPRET" in os.environ:
-        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        os.execve(sys.executable, [sys.executable, "-m", "bench.roofline", *sys.argv[1:]], environ)
+    command.leave_interpreter()
     command.run(Roofline, __doc__, measure)
 
 

@@ -205,5 +205,11 @@ def table(result: dict) -> Table:
     return shown
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command, in a process whose kernels can be compiled."""
+    command.leave_interpreter()
     command.run(Waterfall, __doc__, measure)
+
+
+if __name__ == "__main__":
+    main()

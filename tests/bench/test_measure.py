@@ -1,3 +1,4 @@
+import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -250,3 +251,26 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_tables_are_wide_where_stdout_is_no_terminal(capsys):
     command.terminal().print("x" * 150)
     assert capsys.readouterr().out == "x" * 150 + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------- the interpreter
+
+
+@pytest.mark.parametrize("name", ["compiled", "machine_code", "roofline", "waterfall"])
+def test_what_compiles_kernels_leaves_the_interpreter(name, monkeypatch):
+    class Left(Exception):
+        pass
+
+    def execve(program, arguments, environ):
+        assert program == sys.executable
+        assert arguments[:3] == [sys.executable, "-m", f"bench.{name}"]
+        assert arguments[3:] == ["--preset", "smoke"]
+        assert "TRITON_INTERPRET" not in environ
+        raise Left
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(command.os, "execve", execve)
+    monkeypatch.setattr(sys, "argv", ["", "--preset", "smoke"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name=f"bench.{name}.__main__"))
+    with pytest.raises(Left):
+        importlib.import_module(f"bench.{name}.__main__").main()
