@@ -44,7 +44,9 @@ class Evaluation:
         longest = config.max_seq_len - 1
         self._prompt = prompt[:longest]
         self.remark = ""
-        if config.sample_tokens and len(prompt) > longest:
+        if config.sample_tokens and not longest:
+            self.remark = "--sample-tokens has no effect: --max-seq-len is 1, which BOS fills"
+        elif config.sample_tokens and len(prompt) > longest:
             self.remark = (
                 f"--sample-prompt has {len(prompt)} tokens: samples continue the first {longest} (--max-seq-len)"
             )
@@ -58,7 +60,7 @@ class Evaluation:
         self._world.at = f"the evaluation before step {progress.step}"
         train_loss, val_loss, bits_per_byte = self.losses(stop)
         sample = None
-        if self._config.sample_tokens:
+        if self._config.sample_tokens and self._prompt:
             with self._trainer.whole_model() as model:
                 if metrics:
                     with contextlib.suppress(Stopped), stop.interrupting():

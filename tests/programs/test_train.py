@@ -109,6 +109,11 @@ def test_a_sample_continues_the_beginning_of_a_prompt_that_is_too_long_and_says_
     assert not re.search(said, run(max_iters=1, sample_prompt="the cat " * 30, sample_tokens=0).out, re.M)
 
 
+def test_sequences_of_one_token_train_without_a_sample(run, tmp_path):
+    assert re.search("^--sample-tokens has no effect: --max-seq-len is 1", run(max_iters=1, max_seq_len=1).out, re.M)
+    assert [line["sample"] for line in records(tmp_path / "out", "eval")] == [None, None]
+
+
 def test_the_curve_and_the_events_are_drawn(finished):
     out_dir, _ = finished
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")

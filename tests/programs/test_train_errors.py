@@ -123,6 +123,23 @@ def test_data_that_does_not_fit_the_options_is_refused(run, options, message):
     refused(run(**options), message)
 
 
+def test_a_run_does_not_write_among_its_text(run, tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "d" / name).write_text(f"the cat {name} " * 500)
+    words = {
+        "data": tmp_path / "d",
+        "data_dir": tmp_path / "d" / "data",
+        "vocab_size": 265,
+        "max_iters": 1,
+        "batch_size": 1,
+    }
+    refused(run(**words, out_dir=f"{tmp_path}/d/."), "--out-dir .* is --data too: .*; name another folder")
+    for resumed in ({}, {}, {"init_from": "resume", "max_iters": 2}):  # what lies in it is not read
+        result = run(**words | resumed, out_dir=tmp_path / "d" / "out")
+        assert (result.status, "d, a file a document: 1 documents" in result.out) == (0, True), result
+
+
 @pytest.mark.parametrize("size", [400, 299])
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(run, finished, size):
     tokenizer = finished[0] / "step-00000012" / "tokenizer.model"

@@ -110,6 +110,7 @@ def test_a_whole_text_file_is_one_document_and_so_has_no_split(tmp_path):
         (b"12345\0", "binary.*NUL at byte 5"),
         (b'"a"\n\n\xe9t\xe9', "binary or of another encoding: 0xe9 at byte 5"),
         ("a\n\nb".encode("utf-16"), "is UTF-16, wanted UTF-8"),
+        ("a\n\nb".encode("utf-32"), "is UTF-32, wanted UTF-8; iconv -f utf-32 "),
     ],
 )
 def test_empty_and_binary_files_are_refused(tmp_path, suffix, content, message):
@@ -236,6 +237,12 @@ def test_a_parquet_file_gives_its_rows_in_order(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", n=list(range(61)), story=[*WORDS, None])
     assert documents(path)[0] == documents(path, text_field="story")[0] == WORDS
     assert len(open_corpus(str(path)).parts) == 9
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view"])
+def test_strings_of_a_parquet_file_may_be_of_any_kind(tmp_path, kind):
+    path = write_parquet(tmp_path / "a.parquet", text=pyarrow.array(WORDS, getattr(pyarrow, kind)()))
+    assert documents(path)[0] == WORDS
 
 
 def test_bad_parquet_files_are_refused(tmp_path):

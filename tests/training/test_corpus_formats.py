@@ -36,7 +36,7 @@ def parquet(path, **columns):
 
 
 def write(path, content):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -57,6 +57,24 @@ def test_an_array_of_records_is_read_a_piece_at_a_time(tmp_path, monkeypatch, na
     monkeypatch.setattr(parts, "PART_BYTES", 100)
     path = write(tmp_path / name, json.dumps([{"text": text} for text in TEXTS], indent=indent))
     assert documents(path) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt", "d/a.json"])
+@pytest.mark.parametrize(("indent", "between"), [(1, "\n"), (None, ",\n"), (None, " "), (2, "")])
+def test_records_may_take_lines_as_they_like(tmp_path, monkeypatch, name, indent, between):
+    """As jq prints them, and others with commas."""
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
+    path = write(tmp_path / name, between.join(json.dumps({"text": text, "n": 1}, indent=indent) for text in TEXTS))
+    for size in (1, 50, 1 << 20):
+        monkeypatch.setattr(records, "_READ_CHARACTERS", size)
+        assert documents(path.parent if "/" in name else path) == TEXTS
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_of_records_may_be_called_lines(tmp_path, indent):
+    assert (
+        documents(write(tmp_path / "a.jsonl", json.dumps([{"text": text} for text in TEXTS], indent=indent))) == TEXTS
+    )
 
 
 def test_whoever_says_how_text_is_cut_gets_text(tmp_path):
@@ -185,6 +203,36 @@ def test_json_without_texts_is_text_among_others(tmp_path):
     write(tmp_path / "d" / "package.json", '{\n "name": "x"\n}\n')
     write(tmp_path / "d" / "main.py", "print()")
     assert documents(tmp_path / "d") == ["print()", '{\n "name": "x"\n}\n']
+
+
+@pytest.mark.parametrize("content", ['{"data": [{"text": "%s"}]}', '[{"body": "%s"}]', '{\n"body": "%s"\n}', '["%s"]'])
+def test_a_folder_of_json_without_texts_is_refused_unless_it_is_to_be_text(tmp_path, content):
+    for name in "ab":
+        write(tmp_path / "d" / f"{name}.json", content % name)
+    with pytest.raises(UserError, match=r"its files are JSON, .* no field text or story, it has .*--split-text whole"):
+        open_corpus(str(tmp_path / "d"))
+    assert documents(tmp_path / "d", split_text="whole") == [content % "a", content % "b"]
+
+
+def test_what_runs_and_preparations_write_into_a_folder_is_no_text(tmp_path):
+    for name in ("a.txt", "b/c.txt"):
+        write(tmp_path / "d" / name, name)
+    alone = open_corpus(str(tmp_path / "d")).fingerprint
+    for name in ("out/config.toml", "out/metrics.jsonl", "out/README.md", "out/step-00000001/config.toml"):
+        write(tmp_path / "d" / name, "x")
+    for name in ("data/d-300-0/manifest.json", "data/d-300-0/train-00000.bin", "data/d-300-0/tokenizer.model"):
+        write(tmp_path / "d" / name, b"\0")
+    assert documents(tmp_path / "d") == ["a.txt", "b/c.txt"]
+    assert open_corpus(str(tmp_path / "d")).fingerprint == alone
+    for name, what in (("out", "the folder of a run"), ("data/d-300-0", "a prepared text")):
+        with pytest.raises(UserError, match=f"{name} is {what}; name the text itself"):
+            open_corpus(str(tmp_path / "d" / name))
+
+
+def test_what_can_be_read_only_once_is_refused():
+    """Such as the pipe that --data <(zcat a.gz) names, which would be waited for."""
+    with pytest.raises(UserError, match=f"{os.devnull} is a pipe or a device, which can be read only once"):
+        open_corpus(os.devnull)
 
 
 def test_linked_folders_are_read_once_each_and_dangling_links_named(tmp_path):
@@ -375,6 +423,16 @@ def test_one_bad_file_is_named_and_skipped_if_asked(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"), [("a.gz", gzip.compress(b"text", mtime=0)[:-9]), ("a.jsonl", '{"text":\n' * 3)]
+)
+def test_where_nothing_is_left_what_was_bad_is_said(tmp_path, name, content):
+    with pytest.raises(
+        UserError, match=rf"--skip-bad-files leaves nothing of it: .*{re.escape(name)}.*(ended|Expecting)"
+    ):
+        open_corpus(str(write(tmp_path / name, content)), skip_bad=True)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ('[{"text": "a"}, {"text": "b"}', r"a\.json, record 3: "),
@@ -383,7 +441,11 @@ def test_one_bad_file_is_named_and_skipped_if_asked(tmp_path, kind):
         ('[{"text": "a"}, {"text" "b"}' + " " * 200 + "]", r"a\.json, record 2: Expecting ':' delimiter"),
         ('[{"text": "a"}, {"text": "b', r"a\.json, record 2: Unterminated string"),
         ('[{"text": "a"}, \xff', r"a\.json, record 2: Expecting value"),
-        ('{\n"text": "a"\n}', r"a\.json is one JSON object; wanted records, one a line or an array of them"),
+        (
+            '{\n"a": "b"\n}',
+            r"a\.json: no field text or story, it has a; .*; wanted records, one a line or an array of them",
+        ),
+        ('{"text": "a",\n"n": 1}\n{"text":', r"a\.json, record 2: Expecting value"),
         ("[" * 100_000, r"a\.json can't be read: .*recursion"),
         ("[]", "empty, it holds no text"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from functools import partial
@@ -24,7 +25,9 @@ _PADDED_TO = (8, 16, 32, 64, 128)  # a model's vocabulary may be padded up to a 
 
 
 def prepare_for(config: TrainConfig, *, show_progress: bool) -> Dataset:
-    """`prepare` as the options of a run say."""
+    """`prepare` as the options of a run say. UserError as that, and for text that would lie among the run's files."""
+    if os.path.isdir(config.data) and os.path.exists(config.out_dir) and os.path.samefile(config.data, config.out_dir):
+        raise UserError(f"--out-dir {config.out_dir} is --data too: the run's files would be text; name another folder")
     return prepare(
         config.data,
         vocab_size=config.vocab_size,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.data.corpus.files import written_by_a_run
 from training.data.corpus.parts import reading
 from training.data.digests import digest
 from training.data.shards import Dataset, token_dtype
@@ -36,6 +37,8 @@ def token_files(folder: Path, pattern: str = "") -> dict[str, list[Path]] | None
         if not folder.is_dir():
             return None
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if written_by_a_run({path.name for path in files}):
+        return None
     if pattern:
         files = [path for path in files if fnmatch.fnmatch(path.name, pattern)]
     tokens = [path for path in files if path.suffix == ".bin" and path.name not in _TOKENIZERS]

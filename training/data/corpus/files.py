@@ -14,11 +14,12 @@ from pathlib import Path
 
 from training.data.corpus.blocks import compression, open_stream
 from training.data.corpus.parts import reading
-from training.data.corpus.records import fields_of, records_of_array
+from training.data.corpus.records import fields_of, no_text, records_of
 from training.data.corpus.text import found_separator
 from training.errors import UserError
 
 _HEAD_BYTES = 1 << 18
+_JSON = {".json", ".jsonl", ".ndjson"}
 _COMPRESSED = {".gz", ".zst", ".zstd", ".bz2", ".xz"}
 
 
@@ -28,10 +29,11 @@ class SourceFile:
 
     Attributes:
         path: the file.
-        kind: "text", "jsonl" (a record a line), "array" (of records) or "parquet".
+        kind: "text", "jsonl" (a record a line), "array" (of records, or records of several lines) or "parquet".
         separator: what separates the documents of a text file, where it holds a separator that others use.
         has_mark: whether it begins with a byte order mark.
         compressed: with what, empty for a plain file.
+        is_json: whether its name and its beginning say that it is JSON, also where it is taken as text.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class SourceFile:
     separator: str = ""
     has_mark: bool = False
     compressed: str = ""
+    is_json: bool = False
 
 
 def look_into(path: Path, field: str | None, *, as_text: bool = False, alone: bool = True) -> SourceFile:
@@ -59,30 +62,34 @@ def look_into(path: Path, field: str | None, *, as_text: bool = False, alone: bo
             return SourceFile(path, "parquet")
         has_mark = raw.startswith(codecs.BOM_UTF8)
         head = codecs.getincrementaldecoder("utf-8-sig")("replace").decode(raw)
-        kind = "text"
+        opening = head.lstrip()[:1]
+        is_json = suffix == ".json" and opening in ("[", "{")
+        kind, names = _records(path, opening) if suffix in _JSON or not as_text else ("", [])
+        has_text = any(name in names for name in fields_of(field))
         if suffix in (".jsonl", ".ndjson"):
-            kind = "jsonl"
-        elif suffix == ".json" and alone and head.lstrip()[:1] in ("[", "{"):
-            kind = "array" if head.lstrip().startswith("[") else "jsonl"
-            if kind == "jsonl" and "\n" in head.strip() and not first_names(path, kind):
-                raise UserError(f"{path} is one JSON object; wanted records, one a line or an array of them")
-        elif suffix == ".json" or not as_text:
-            kind = _kind_of_records(path, head, field) or "text"
-        return SourceFile(path, kind, found_separator(head) if kind == "text" else "", has_mark, packed)
+            kind = kind or "jsonl"
+        elif is_json and alone:
+            if opening == "{" and kind != "jsonl" and not has_text:
+                raise UserError(f"{path}: {no_text(names, field)}; wanted records, one a line or an array of them")
+            kind = kind or "array"
+        elif not has_text:
+            kind = "text"
+        return SourceFile(path, kind, found_separator(head) if kind == "text" else "", has_mark, packed, is_json)
 
 
-def _kind_of_records(path: Path, head: str, field: str | None) -> str:
-    """What JSON a text is that begins with a record that has a text: "jsonl" or "array"; empty for any other text."""
-    kind = {"{": "jsonl", "[": "array"}.get(head.lstrip()[:1], "")
-    names = first_names(path, kind) if kind else []
-    return kind if any(name in names for name in fields_of(field)) else ""
+def _records(path: Path, opening: str) -> tuple[str, list[str]]:
+    """How the records of JSON lie in a file, "jsonl" or "array", and the names in the first; ("", []) for any other text."""
+    for kind in {"{": ("jsonl", "array"), "[": ("array",)}.get(opening, ()):
+        if names := first_names(path, kind):
+            return kind, names
+    return "", []
 
 
 def first_names(path: Path, kind: str) -> list[str]:
     """The names in the first record of JSON; none where it begins with anything else."""
     try:
         if kind == "array":
-            with closing(records_of_array(path)) as records:
+            with closing(records_of(path)) as records:
                 record = next(records, None)
         else:
             with open_stream(path) as file:
@@ -95,7 +102,8 @@ def first_names(path: Path, kind: str) -> list[str]:
 def find_files(root: Path, pattern: str = "") -> Iterator[Path | UserError]:
     """The files under a folder, sorted by relative path, and what can't be followed, as the UserError to raise or report.
 
-    Hidden files and folders, and __pycache__, are left out: they are rarely text. Links are followed, each folder once.
+    Hidden files and folders, and __pycache__, are left out: they are rarely text; and what a run or a preparation has written
+    (`written_by_a_run`), which would else be text of the next. Links are followed, each folder once.
     pattern: only files whose name or relative path matches, as a shell would.
     """
     seen: set[tuple[int, int]] = set()
@@ -113,6 +121,8 @@ def find_files(root: Path, pattern: str = "") -> Iterator[Path | UserError]:
         except OSError as error:
             faults.append(UserError(f"{folder} can't be read: {error.strerror or error}"))
             return
+        if folder != root and written_by_a_run(set(names)):
+            return
         for name in names:
             path = folder / name
             if name.startswith(".") or name == "__pycache__":
@@ -129,6 +139,15 @@ def find_files(root: Path, pattern: str = "") -> Iterator[Path | UserError]:
     visit(root)
     yield from faults
     yield from sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def written_by_a_run(names: set[str]) -> str:
+    """What a folder of these files is, where a run has written it or tokens were prepared there; empty for any other."""
+    marks = {
+        "the folder of a run": {"config.toml", "metrics.jsonl"},
+        "a prepared text": {"manifest.json", "train-00000.bin"},
+    }
+    return next((what for what, mark in marks.items() if mark <= names), "")
 
 
 def one_kind(root: Path, files: list[SourceFile]) -> None:

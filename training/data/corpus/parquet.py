@@ -53,7 +53,7 @@ def text_column(file, path: Path, field: str | None) -> tuple[str, int]:
         )
     kind = file.schema_arrow.field(name).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if str(kind) not in ("string", "large_string", "string_view"):
         raise UserError(f"{path}: column {name!r} holds {kind}, wanted string")
     paths = [file.metadata.schema.column(i).path for i in range(len(file.metadata.schema))]
     return name, paths.index(name)

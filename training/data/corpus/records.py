@@ -1,4 +1,4 @@
-"""Records of JSON: one a line (.jsonl, .ndjson), or an array of them (.json)."""
+"""Records of JSON: one a line (.jsonl, .ndjson), an array of them (.json), or on as many lines as they take."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def no_text(names: list[str], field: str | None) -> UserError:
     )
 
 
-# An array, read as a stream ---------------------------------------------------------------------------------------
+# An array, or records of several lines, read as a stream ------------------------------------------------------------
 
 
 def array_parts(path: Path, field: str | None) -> Iterator[Part]:
-    """The parts of a file that is one JSON array of records, which is never held whole."""
+    """The parts of a file that is one JSON array of records, or records behind each other, which is never held whole."""
     yield Part(n_bytes=path.stat().st_size, stream=(path, partial(_read_array, path, field)))
 
 
@@ -97,25 +97,31 @@ def given_parts(path: Path, items: Iterator[Item]) -> Iterator[Part | UserError]
 
 
 def _texts_of_array(path: Path, field: str | None) -> Iterator[Item]:
-    for number, record in enumerate(records_of_array(path), 1):
+    for number, record in enumerate(records_of(path), 1):
         try:
             yield text_of(record, field)
         except UserError as error:
             yield UserError(f"{path}, record {number}: {error}")
 
 
-def records_of_array(path: Path) -> Iterator[object]:
-    """The elements of a JSON array, one after another. UserError where the file is none, or holds more than one."""
+def records_of(path: Path) -> Iterator[object]:
+    """The elements of a JSON array, or objects that stand behind each other. UserError for anything else, and for two arrays."""
     decoder, count = json.JSONDecoder(), 0
     with open_stream(path) as raw:
         characters = codecs.getreader("utf-8-sig")(raw)
         text = characters.read(_READ_CHARACTERS).lstrip()
-        if not text.startswith("["):
-            raise UserError(f"{path} is no array of records: it begins with {text[:20]!r}")
-        at = 1
+        is_array = text.startswith("[")
+        if not is_array and not text.startswith("{"):
+            raise UserError(f"{path} holds no records: it begins with {text[:20]!r}")
+        at = int(is_array)
         while True:
             at = _BETWEEN.match(text, at).end()
-            if text.startswith("]", at):
+            if at == len(text) and not is_array:
+                if not (text := characters.read(_READ_CHARACTERS)):
+                    return
+                at = 0
+                continue
+            if is_array and text.startswith("]", at):
                 behind = text[at + 1 :]
                 while not behind.strip() and (behind := characters.read(_READ_CHARACTERS)):
                     pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from training.data.corpus import text
-from training.data.corpus.files import SourceFile, find_files, first_names, look_into, one_kind
+from training.data.corpus.files import SourceFile, find_files, first_names, look_into, one_kind, written_by_a_run
 from training.data.corpus.parquet import parquet_parts
 from training.data.corpus.parts import HASH_RANGE, Part, Report, Split, grouped, reading, text_hash
 from training.data.corpus.records import array_parts, fields_of, jsonl_parts, no_text
@@ -109,10 +110,13 @@ def open_corpus(
             parts, cut, found = _parts_of(root, files, split_text, separator, text_field, skip_bad, bad)
             extras += found
         parts = [replace(part, skip_bad=skip_bad) for part in parts]
-        if data != "stdlib" and not _has_text(parts):
+        report = Report()
+        if data != "stdlib" and not _has_text(parts, report):
             names = first_names(files[0].path, files[0].kind) if files[0].kind in ("jsonl", "array") else []
             if names and not set(names) & set(fields_of(text_field)):
                 raise UserError(f"{files[0].path}: {no_text(names, text_field)}")
+            if report.bad:
+                raise _nothing_left(root, report.bad)
         val_below = _val_threshold(parts, val_fraction, data)
         parts = tuple(replace(part, val_below=val_below) for part in parts)
         # As it was before there was "auto", so that what was prepared then is found.
@@ -125,6 +129,10 @@ def _files(
     root: Path, pattern: str, field: str | None, as_text: bool, skip_bad: bool, bad: list[str]
 ) -> list[SourceFile]:
     """The files of a path, looked into; what can't be read is raised, or added to `bad`."""
+    if not root.is_dir() and not root.is_file():
+        raise UserError(f"--data {root} is a pipe or a device, which can be read only once; wanted a file or a folder")
+    if root.is_dir() and (what := written_by_a_run(set(os.listdir(root)))):
+        raise UserError(f"--data {root} is {what}; name the text itself, in a folder of its own")
     if pattern and not root.is_dir():
         raise UserError(f"--data-files {pattern}: --data {root} is a file; it chooses files of a folder")
     files = []
@@ -137,11 +145,18 @@ def _files(
             if not skip_bad:
                 raise
             bad.append(str(error))
+    if bad and not files:
+        raise _nothing_left(root, bad)
     if not files:
         raise UserError(
             f"--data {root}: empty, it holds no files" + (f" that match --data-files {pattern}" * bool(pattern))
         )
     one_kind(root, files)
+    if not as_text and all(file.is_json and file.kind == "text" for file in files):
+        raise UserError(
+            f"--data {root}: its files are JSON, and no record begins {files[0].path.name} with a text: "
+            f"{no_text(first_names(files[0].path, 'array'), field)}, or train on JSON as it is with --split-text whole"
+        )
     return files
 
 
@@ -208,8 +223,12 @@ def _separator_in(parts: list[Part], skip_bad: bool) -> str:
     return found_separator("\n".join(head))
 
 
-def _has_text(parts: list[Part]) -> bool:
-    return any(True for part in parts for _ in part.documents())
+def _has_text(parts: list[Part], report: Report | None = None) -> bool:
+    return any(True for part in parts for _ in part.documents(report))
+
+
+def _nothing_left(root: Path, bad: list[str]) -> UserError:
+    return UserError(f"--data {root}: --skip-bad-files leaves nothing of it: {bad[0]}")
 
 
 def _val_threshold(parts: list[Part], val_fraction: float, data: str) -> int:
