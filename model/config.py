@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_VOCAB_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000  # far more than any model has: lists of so many are made before anything else is known of it
 RECOMPUTE = ("none", "selective", "full")
 """What a layer may compute again in the backward pass (model/recompute.py)."""
 
@@ -74,6 +75,8 @@ class LlamaConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} is {getattr(self, name)}; it must be at least 1")
+        if self.n_layers > MAX_LAYERS:
+            raise ValueError(f"--n-layers is {self.n_layers}; it must be at most {MAX_LAYERS}")
         if not 256 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(
                 f"--vocab-size is {self.vocab_size}; it must be from 256 (one token a byte) to {MAX_VOCAB_SIZE}"

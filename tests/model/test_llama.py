@@ -237,6 +237,7 @@ def test_rope_tables_are_float32_of_float64_angles():
         ({"dim": 12}, "odd head dim, 3"),
         ({"vocab_size": 255}, "--vocab-size is 255.*256"),
         ({"n_layers": 0}, "--n-layers is 0"),
+        ({"n_layers": 10_001}, "--n-layers is 10001; it must be at most 10000"),
         ({"dropout": 1.0}, "--dropout is 1.0"),
         ({"rope_scaling_factor": 0.5}, "--rope-scaling-factor"),
         ({"rope_low_freq_factor": 4.0}, "--rope-low-freq-factor"),

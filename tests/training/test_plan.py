@@ -125,9 +125,9 @@ def test_one_gpu_keeps_the_whole_model():
 @pytest.mark.parametrize(
     ("options", "step"),
     [
-        ({"preset": "smoke", "gpus": 2}, "1 micro-steps of 16 x 128 tokens a GPU, 4,096 in all"),
+        ({"preset": "smoke", "gpus": 2}, "1 micro-step of 16 x 128 tokens a GPU, 4,096 in all"),
         ({"preset": "124m", "gpus": 1}, "3 micro-steps of 171 x 1,024 tokens a GPU, 525,312 in all"),
-        ({"tokens_per_step": 1}, "1 micro-steps of 1 x 8,192 tokens a GPU, 65,536 in all"),
+        ({"tokens_per_step": 1}, "1 micro-step of 1 x 8,192 tokens a GPU, 65,536 in all"),
         ({"preset": "smoke", "tokens_per_step": 2**21}, "2 micro-steps of 1024 x 128 tokens a GPU, 2,097,152 in all"),
     ],
 )

@@ -208,7 +208,8 @@ def _batches(plan: Plan, config: LlamaConfig, where: Layout, gpu: Gpu, step: Ste
     tokens = step.batch * step.micro_steps * where.gpus * config.max_seq_len
     return [
         f"largest micro-batch, in sequences, by --activation-checkpointing: {found}",
-        f"a step        {step.micro_steps} micro-steps of {step.batch} x {config.max_seq_len:,} tokens a GPU, {tokens:,} in all",
+        f"a step        {step.micro_steps} micro-step{'s' * (step.micro_steps > 1)} of {step.batch} x {config.max_seq_len:,} "
+        f"tokens a GPU, {tokens:,} in all",
     ]
 
 
