@@ -25,7 +25,8 @@ def load(model: Llama, tensors: Tensors, here: Callable[[Tensor], tuple[Tensor, 
     """Copy canonical tensors into a model's parameters, whatever the dtype of the ones and the device of the others.
 
     here: what this process has of a parameter, and which row of it is the first of these; if not given, all.
-    ValueError, before anything is copied, that names what is missing, of another shape, or does not belong.
+    ValueError, before anything is copied, that names what is missing, of another shape, or does not belong; and then for a
+    tensor whose values are not all finite, of which nothing can come but nonsense.
     """
     config = model.config
     shapes = huggingface.shapes(config)
@@ -37,7 +38,9 @@ def load(model: Llama, tensors: Tensors, here: Callable[[Tensor], tuple[Tensor, 
             rows = shapes[name][0]
             start, stop = max(first, row), min(first + len(part), row + rows)
             if start < stop:
-                part[start - first : stop - first].copy_(tensors[name][start - row : stop - row])
+                values = part[start - first : stop - first].copy_(tensors[name][start - row : stop - row])
+                if bad := int((~values.isfinite()).sum()):
+                    raise ValueError(f"{name} has {bad:,} values of {values.numel():,} that are not finite")
             row += rows
     model.refresh_compute_weights()
 

@@ -56,6 +56,20 @@ def test_half_precision_files_are_read_as_they_are(tmp_path, dtype):
             assert torch.equal(again.weights()[name].compute_weight, rounded)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_tensor_with_values_that_are_not_finite_is_named(tmp_path, value):
+    model = llama()
+    write_folder(tmp_path, model)
+    damaged = torch.ones(model.config.dim)
+    damaged[3:5] = value
+    tensors = edited(tmp_path, model__layers__1__post_attention_layernorm__weight=damaged)
+    message = (
+        rf"^model\.layers\.1\.post_attention_layernorm\.weight has 2 values of {model.config.dim} that are not finite$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(empty_like(model), tensors)
+
+
 def test_large_weights_are_split_and_indexed_as_transformers_does_it(tmp_path):
     model = llama()
     write_folder(tmp_path, model, max_file_bytes=20_000)
