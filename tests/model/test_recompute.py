@@ -11,6 +11,7 @@ from kernels.launch import HAVE_TRITON
 from model import Llama
 from model.activations import kept_bytes, recomputed_flops_per_token
 from model.config import RECOMPUTE
+from tests.support import kernel_testing as kt
 from tests.support.live_bytes import LiveBytes
 from tests.support.step_testing import TINY, make_trainer, micro_batches
 from training.config import TrainConfig
@@ -92,7 +93,8 @@ def test_what_is_kept_is_what_the_closed_form_says(dtype):
         kept, said = [], []
         for n_layers in (1, 2):  # their difference: the ends of the model keep the same in both
             config = TrainConfig(**SMALL | {"n_layers": n_layers}).shape()
-            model = Llama(config, kernels.select("all", n_layers), dtype, recompute=recompute)
+            with kt.DEVICE:
+                model = Llama(config, kernels.select("all", n_layers), dtype, recompute=recompute)
             kept.append(kept_by(model, tokens))
             said.append(kept_bytes(config, tokens.numel(), recompute, dtype.itemsize))
         assert kept[1] - kept[0] == said[1] - said[0], recompute

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 import train
+from kernels.launch import INTERPRETED
 from tests.support.run_testing import TINY, arguments, call, edit_config, finish, records, start
 from training import distributed
 from training.distributed import World
@@ -24,6 +25,11 @@ WIDE = {"dim": 32, "batch_size": 2, "eval_iters": 1, "max_iters": 4, "eval_inter
 @pytest.fixture
 def no_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="where there is a GPU, this process has compiled kernels, and none for a CPU"
+)
 
 
 def resume(folder, **options):
@@ -52,6 +58,7 @@ def test_a_program_of_its_own_does_too(tmp_path, text):
     assert len(losses(tmp_path / "out")) == WIDE["max_iters"]
 
 
+@interpreted
 def test_the_wish_is_kept_with_the_run(run, tmp_path, no_interpreter, monkeypatch):
     """Resumed where kernels run, it uses them, AdamW's too; resumed on the laptop, it says again that it does not."""
     made = []
@@ -69,6 +76,7 @@ def test_the_wish_is_kept_with_the_run(run, tmp_path, no_interpreter, monkeypatc
     assert [type(optimizer) for optimizer in made] == [AdamW, AdamW, FusedAdamW]
 
 
+@interpreted
 def test_kernels_that_a_saved_run_insists_on_are_not_left_out(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert run(max_iters=1, kernels="swiglu@0").status == 0
@@ -79,6 +87,7 @@ def test_kernels_that_a_saved_run_insists_on_are_not_left_out(run, tmp_path, mon
     assert resume(tmp_path / "out", max_iters=2, kernels="none").status == 0
 
 
+@interpreted
 def test_a_run_saved_when_the_update_was_an_optimizer_goes_on_with_the_same_kernels(run, tmp_path, monkeypatch):
     """As `fused-adamw` alone, then beside --fused: to the bit what the run does under the names of today."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -98,6 +107,7 @@ def test_a_run_saved_when_the_update_was_an_optimizer_goes_on_with_the_same_kern
         assert 'optimizer = "adamw"' in (folders[1] / "config.toml").read_text()
 
 
+@interpreted
 def test_many_processes_are_told_that_their_step_is_not_captured(run, tmp_path, monkeypatch):
     class Two(World):
         """One of two processes, of which the other does nothing."""
