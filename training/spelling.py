@@ -41,7 +41,8 @@ def refuse(unknown: list[str], names: Spellings) -> None:
     """UserError for words of a command line that no option takes."""
     if not unknown:
         return
-    if unknown[0].partition("=")[0].replace("_", "-") in map(option, names):  # tyro takes no option behind it
+    # tyro takes no option behind a "--", which it gives back or drops, by its version.
+    if unknown[0] == "--" or unknown[0].partition("=")[0].replace("_", "-") in map(option, names):
         raise UserError("unexpected '--'; options are --name value, and switches --name or --no-name")
     if not unknown[0].startswith("-"):
         raise UserError(f"unexpected {unknown[0]!r}; options are --name value, and switches --name or --no-name")
