@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-_REFUSALS = (
+_REFUSALS = [
     "EACCES",
     "EPERM",
     "EROFS",
@@ -19,14 +19,14 @@ _REFUSALS = (
     "EIO",
     "ESTALE",
     "EMFILE",
-)
+]
 
 
 class UserError(ValueError):
     """A mistake in an option, a file or the environment; its message names what was found and what is allowed.
 
-    The command-line programs print it as one line and exit with status 2; so they do what
-    the system refuses (`refused`). Any other exception is a bug and keeps its traceback.
+    The command-line programs print it as one line and exit with status 2, and so they do with what the system refuses
+    (`refused`). Any other exception is a bug and keeps its traceback.
     """
 
 

@@ -25,14 +25,12 @@ def require_memory(config: TrainConfig, device, processes: int = 1, shares: int 
     per_parameter = 4 + 4 + (8 if config.optimizer == "adamw" else 4)
     needed, there = parameters * per_parameter * processes // shares, memory_bytes(device)
     if there and needed > there:
-        model, smaller = f"the model of {config.weights}", "take a smaller model"
-        if not config.weights:
-            model, smaller = (
-                f"--preset {config.preset}",
-                "choose a smaller --preset, or lower --n-layers, --dim or --vocab-size",
-            )
+        model = config.weights or config.model_name
+        smaller = "take a smaller model"
+        if config.init_from == "scratch":
+            smaller = "choose a smaller --preset, or lower --n-layers, --dim or --vocab-size"
         raise UserError(
-            f"{model} has {parameters:,} parameters, which with gradients and the optimizer's moments take "
+            f"the model ({model}) has {parameters:,} parameters, which with gradients and the optimizer's moments take "
             f"{needed / 2**30:,.1f} GiB{f' in {processes} processes' if processes > 1 else ''}, and {device} has "
             f"{there / 2**30:,.1f}; {smaller}"
         )

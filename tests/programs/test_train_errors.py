@@ -215,7 +215,8 @@ def test_a_compiler_that_is_not_there_is_asked_for(run, monkeypatch, tmp_path):
 def test_a_model_larger_than_memory_is_refused(run, monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "memory_bytes", lambda device: 2**17)
     refused(
-        run(), r"--preset smoke has 12,560 parameters, which with .* moments take 0\.0 GiB, and cpu has 0\.0; choose a"
+        run(),
+        r"the model \(2 layers of width 16\) has 12,560 parameters, which with .* moments take 0\.0 GiB, and cpu has 0\.0; choose",
     )
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -1,6 +1,7 @@
 """What a machine does not have is told before anything is begun."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ def test_a_model_larger_than_memory_is_refused_with_both_sizes(monkeypatch):
     with pytest.raises(UserError) as caught:
         machine.require_memory(defaults("llama3.1-70b"), CPU)
     assert str(caught.value) == (
-        "--preset llama3.1-70b has 70,553,706,496 parameters, which with gradients and the optimizer's moments take 1,051.3 GiB, "
-        "and cpu has 16.0; choose a smaller --preset, or lower --n-layers, --dim or --vocab-size"
+        "the model (llama3.1-70b) has 70,553,706,496 parameters, which with gradients and the optimizer's moments take 1,051.3 "
+        "GiB, and cpu has 16.0; choose a smaller --preset, or lower --n-layers, --dim or --vocab-size"
     )
 
 
@@ -31,10 +32,12 @@ def test_weights_larger_than_memory_are_refused_by_their_own_name(monkeypatch):
     shape = preset("llama3.1-8b")
     config = TrainConfig(**vars(shape), init_from="weights/llama")
     with pytest.raises(
-        UserError, match=r"^the model of weights/llama has 8,030,261,248 parameters.*; take a smaller model$"
+        UserError, match=r"^the model \(weights/llama\) has 8,030,261,248 parameters.*; take a smaller model$"
     ):
         machine.require_memory(config, CPU)
-    with pytest.raises(UserError, match=r"^--preset llama3\.1-8b has"):
+    with pytest.raises(UserError, match=r"^the model \(32 layers of width 4096\) has .*; take a smaller model$"):
+        machine.require_memory(replace(config, init_from="resume"), CPU)
+    with pytest.raises(UserError, match=r"^the model \(llama3\.1-8b\) has"):
         machine.require_memory(defaults("llama3.1-8b"), CPU)
 
 
