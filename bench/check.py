@@ -28,7 +28,7 @@ from bench.measure import environment, write_json
 from bench.step import tokens
 from bench.step.variants import make_trainer
 from kernels.launch import HAVE_TRITON, INTERPRETED
-from model.linear import add_product, linear
+from kernels.linear import add_product, linear
 from training.config import TrainConfig
 from training.device import resolve_device, set_determinism
 from training.step.trainer import MicroBatch

@@ -28,7 +28,7 @@ from bench import command
 from bench.measure import Timing, environment, time_in_turn, version, write_json
 from model import Llama, huggingface
 from model.generation import generate, lay_out_for_decoding
-from model.linear import linear
+from kernels.linear import linear
 from model.sampling import Sampling
 from training.config import TrainConfig, defaults
 from training.device import resolve_device, resolve_dtype

@@ -4,12 +4,14 @@
     item   := ("all" | "none" | SWITCH | "-" SWITCH) [ "@" place ]
     place  := LAYER | LAYER "-" LAYER | "out"
 
-A switch is a kernel file. Layer i holds its four ops and the norm that opens it; `out` holds the embedding, the final
+A switch is a kernel file. Layer i holds its ops and the norm that opens it; `out` holds the embedding, the final
 norm and the loss head. `adamw`, the update, is of the whole run and takes no place. An item without a place covers all that it
 can: every place where its op occurs, and for `all` and `none` the update too.
+
+`mlp` has SwiGLU in it: it turns `swiglu` on with it, and `-swiglu` turns it off.
 """
 
-LAYER_SWITCHES = ("rms_norm", "rope", "swiglu", "attention")
+LAYER_SWITCHES = ("rms_norm", "rope", "swiglu", "attention", "mlp")
 OUT_SWITCHES = ("embedding", "rms_norm", "linear_cross_entropy")
 RUN_SWITCHES = ("adamw",)
 SWITCHES = tuple(dict.fromkeys((*LAYER_SWITCHES, *OUT_SWITCHES, *RUN_SWITCHES)))
@@ -18,6 +20,22 @@ SWITCHES = tuple(dict.fromkeys((*LAYER_SWITCHES, *OUT_SWITCHES, *RUN_SWITCHES)))
 def attention_serves(head_dim: int) -> bool:
     """Whether the attention kernel takes this head dim; said here, where an option is checked before torch is imported."""
     return head_dim % 4 == 0 and 16 <= head_dim <= 256
+
+
+MLP_WIDEST = 288
+"""Columns of the widest model whose feed-forward is one kernel: a row in float32 in registers, 256 + 32 of them, fills a
+multiprocessor of the present."""
+MLP_FEWEST_ROWS = 12_288
+"""Tokens below which that kernel would leave a quarter of a large GPU without work, or more."""
+
+
+def mlp_serves(dim: int, hidden_dim: int, rows: int, itemsize: int) -> bool:
+    """Whether the feed-forward kernel is meant for so many rows (tokens) of such a model, in a dtype of so many bytes.
+
+    Rows that are aligned, and many; and half precision: float32 has no tensor core that would wait for memory.
+    """
+    aligned = dim % 16 == 0 and hidden_dim % 16 == 0
+    return aligned and dim <= MLP_WIDEST and rows >= MLP_FEWEST_ROWS and itemsize == 2
 
 
 def parse(spec: str, n_layers: int) -> list[frozenset[str]]:
@@ -58,6 +76,10 @@ def _chosen(spec: str, n_layers: int) -> list[frozenset[str]]:
                     raise ValueError(
                         f"kernels item {item!r}: {word.lstrip('-')} does not occur at {here}, which has {has}"
                     )
+        if word == "mlp":
+            named |= {"swiglu"}
+        elif word == "-swiglu":
+            named |= {"mlp"}
         for i in covered:
             chosen[i] = chosen[i] | (named & occurs[i]) if on and word != "none" else chosen[i] - named
     return chosen

@@ -11,6 +11,7 @@ from kernels.attention.op import attention_torch, attention_triton
 from kernels.attention.rope_attention import rope_attention_triton
 from kernels.embedding import embedding_torch, embedding_triton
 from kernels.linear_cross_entropy.op import linear_cross_entropy_torch, linear_cross_entropy_triton
+from kernels.mlp.op import mlp_torch, mlp_triton
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton, rms_norm_torch, rms_norm_triton
 from kernels.rope import rope_torch, rope_triton
 from kernels.swiglu import swiglu_torch, swiglu_triton
@@ -49,7 +50,13 @@ class Ops:
     """Attention of one query a sequence over a cache (kernels/attention/decode.py): a kernel where `attention` is one, unless
     something else is given."""
 
+    mlp: Callable | None = None
+    """The whole feed-forward as one op, where `mlp_serves` says so; its products and `swiglu` in turn, unless it is given, and
+    where `swiglu` is another than the one that is in it."""
+
     def __post_init__(self) -> None:
+        if self.mlp is None or (self.mlp is mlp_triton and self.swiglu is not swiglu_triton):
+            object.__setattr__(self, "mlp", mlp_torch)
         made_of_others = isinstance(self.rope_attention, InTurn) or self.rope_attention in FUSED.values()
         if self.rope_attention is None or made_of_others:
             parts = (self.rope, self.attention)
@@ -74,6 +81,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "attention": ("o",),
     "rope_attention": ("o",),
     "decode_attention": ("o",),
+    "mlp": ("out",),
     "embedding": ("x",),
     "linear_cross_entropy": ("loss",),
 }
@@ -98,6 +106,7 @@ TRITON = Ops(
     attention=attention_triton,
     embedding=embedding_triton,
     linear_cross_entropy=linear_cross_entropy_triton,
+    mlp=mlp_triton,
 )
 
 

@@ -7,6 +7,7 @@ attention's two products count all T keys, the causal half not taken off. MFU is
 
 from dataclasses import dataclass
 
+from kernels.grammar import mlp_serves
 from model.config import LlamaConfig
 
 FLOAT32 = 4
@@ -50,7 +51,7 @@ class Cost:
 
 
 def step_costs(config: LlamaConfig, micro_batch: int, micro_steps: int, activation_bytes: int = 2) -> dict[str, Cost]:
-    """The floor of a step, op by op: `kernel_costs` summed."""
+    """The floor of a step, op by op: `kernel_costs` summed; nothing of `mlp` or of `swiglu`, of which a step needs one."""
     by_op: dict[str, Cost] = {}
     for op, _, cost in kernel_costs(config, micro_batch, micro_steps, activation_bytes):
         by_op[op] = by_op.get(op, Cost(0)) + cost
@@ -71,6 +72,8 @@ def kernel_costs(
       rms_norm   first: x, y | dy, x, dx;  add + norm: branch, residual, y, sum | dy, dsum, sum, dx (one gradient for both)
       rope       q, k read and written forward; backward it is part of attention's, which writes dqkv
       swiglu     2F read, F written | F and 2F read, 2F written
+      mlp        where it is one kernel (`kernels.grammar.mlp_serves`), in place of w_gate_up, swiglu and w_down: x read, 2F and
+                 out written | dout and 2F read, 2F, F and dx written; and the products of the weights' gradients
       attention  q, k, v, o | q, k, v, o, do, dq, dk, dv, and the float32 log-sum-exp written and read
       loss head  a linear map, and between its products each chunk's logits are read and rewritten as their gradient
       optimizer  p, g, m, v read, p, m, v written, and in half precision the copies of the matrices and the head, once a step
@@ -88,7 +91,16 @@ def kernel_costs(
         # the gradient of the input moves what the forward moves
         return [(op, part, cost.times(times)) for cost in (forward, forward, gradient_of_weight)]
 
-    linears = {"wqkv": (dim, q + 2 * kv), "wo": (q, dim), "w_gate_up": (dim, 2 * ffn), "w_down": (ffn, dim)}
+    linears = {"wqkv": (dim, q + 2 * kv), "wo": (q, dim)}
+    feed_forward = {"w_gate_up": (dim, 2 * ffn), "w_down": (ffn, dim)}
+    if mlp_serves(dim, ffn, tokens, a):
+        weights = 3 * dim * ffn
+        kernels = [Cost(tokens * (2 * dim + n * ffn) * a + weights * a, 2 * tokens * weights).times(layers) for n in (2, 5)]
+        gradients = [products("mlp", "products", *shape, layers)[-1] for shape in feed_forward.values()]
+        of_feed_forward = [*(("mlp", "", cost) for cost in kernels), *gradients, ("swiglu", "", Cost(0))]
+    else:
+        linears |= feed_forward
+        of_feed_forward = [("swiglu", "", Cost(layers * tokens * ffn * (3 + 5) * a)), ("mlp", "", Cost(0))]
     norms = 2 * layers * tokens * dim * (4 + 4) * a + tokens * dim * (2 + 3) * a
     attention = tokens * ((2 * q + 2 * kv) + (4 * q + 4 * kv)) * a + 2 * tokens * config.n_heads * FLOAT32
     micro_step = [
@@ -96,7 +108,7 @@ def kernel_costs(
         *(kernel for name, shape in linears.items() for kernel in products("linear", name, *shape, layers)),
         ("rms_norm", "", Cost(norms)),
         ("rope", "", Cost(layers * tokens * 2 * (q + kv) * a)),
-        ("swiglu", "", Cost(layers * tokens * ffn * (3 + 5) * a)),
+        *of_feed_forward,
         ("attention", "", Cost(layers * attention, 12 * layers * tokens * q * config.max_seq_len)),
         *products("linear_cross_entropy", "products", dim, vocab, 1),
         ("linear_cross_entropy", "softmax", Cost(tokens * vocab * 2 * a)),

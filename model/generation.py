@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import TORCH, Ops
-from model.linear import linear
+from kernels.linear import linear
 from model.llama import Llama
 from model.sampling import Sampling, draw
 

@@ -4,7 +4,7 @@ The residual stream r is in the compute dtype. Each norm but the first takes in 
 
     r = embedding(tokens)
     layer:  y, r = add_rms_norm(b, r)            b = wo attention(rope(wqkv y))       (the first layer: y = rms_norm(r))
-            y, r = add_rms_norm(b, r)            b = w_down swiglu(w_gate_up y)
+            y, r = add_rms_norm(b, r)            b = w_down swiglu(w_gate_up y)       (mlp(y) where that is one kernel)
     y, _ = add_rms_norm(b, r)                    loss = linear_cross_entropy(y, head)
 
 A layer reads no parameters but its own and is called as a module: what gathers, frees or recomputes a layer hooks in there.
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import TRITON, Ops
+from kernels import TORCH, TRITON, Ops
+from kernels.mlp.op import mlp_serves
 from model.config import RECOMPUTE, LlamaConfig
 from model.linear import Embedding, Head, Linear, Weight, read_out
 from model.recompute import again
@@ -96,7 +97,12 @@ class Layer(nn.Module):
 
     def feed_forward(self, ops: Ops, y: Tensor, to_sum: bool = False) -> Tensor:
         """The SwiGLU branch, (B, T, dim) -> (B, T, dim). to_sum: as in `Linear`."""
-        return self.w_down(ops.swiglu(self.w_gate_up(y, to_sum)), to_sum)
+        if ops.mlp is TORCH.mlp or not mlp_serves(y, self.w_down.weight.shape[1]):
+            return self.w_down(ops.swiglu(self.w_gate_up(y, to_sum)), to_sum)
+        up, down = self.w_gate_up, self.w_down
+        copies = up.compute_weight, down.compute_weight
+        sums = (up.gradient_sum, down.gradient_sum) if to_sum else (None, None)
+        return ops.mlp(y, up.weight, down.weight, compute_weights=copies, gradient_sums=sums)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -37,10 +37,17 @@ def faults(code: MachineCode, launched: LaunchRecord, target: Target) -> list[st
         found.append(f"wants {code.shared:,} bytes of shared memory; there are {target.shared_memory:,}")
     # AMD's backend stores a product as its lanes hold it, 8 bytes each: 64 of them write as much at once as 32 of 16.
     for verb, widths, least in (("loads", code.loads, WIDE), ("stores", code.stores, WIDE * 32 // target.warp_size)):
+        least = min(least, _bytes_a_thread(launched, target))
         for name, width in widths.items():
             if width < least and _has_aligned_rows(launched.arguments.get(name)):
                 found.append(f"{verb} {name} {width} bytes at a time, although its rows are aligned to {WIDE}")
     return found
+
+
+def _bytes_a_thread(launched: LaunchRecord, target: Target) -> int:
+    """Of the feed-forward's smallest tile, 16×32 columns of a weight: shared out among all threads that may be less than 16."""
+    sizes = [launched.arguments.get(name, 0) for name in ("BLOCK_F", "BLOCK_D2")]
+    return 2 * sizes[0] * sizes[1] // (launched.num_warps * target.warp_size) or WIDE
 
 
 def _has_aligned_rows(argument: Any) -> bool:
@@ -129,7 +136,7 @@ def record(archs: list[str], presets: list[str]) -> list[Row]:
     rows: dict[tuple[str, str, str, str], Row] = {}
     for arch in archs:
         for case in SHEETS:
-            for preset in presets:
+            for preset in (p for p in presets if SHEETS[case].serves(defaults(p))):
                 for direction, launched in launches(case, defaults(preset), TARGETS[arch]):
                     specialized = specialize(launched, TARGETS[arch])
                     new = Row(arch, case, direction, launched, specialized)

@@ -104,6 +104,9 @@ def measure(options: OpsBench, console: Console) -> dict:
         rows: list[OpRow] = []
         with console.status("") as status:
             for name, config in sizes.items():
+                if not SHEETS[op].serves(config):
+                    console.print(f"{op}: no kernel for the size {name}")
+                    continue
                 status.update(f"{op}, {name}")
                 case = SHEETS[op].case(config if on_gpu else cut(config, CPU_TOKENS), dtype, device)
                 if not ceiling and any(cost.flops for cost in case.costs.values()):

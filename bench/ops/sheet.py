@@ -84,6 +84,8 @@ class Sheet:
     """What it is measured at when nothing else is said: names for `bench.ops.sizes.size`."""
     calls: Callable[[TrainConfig], int] = _every_layer
     """How often a micro-step calls it; 0 for what is a second case of an op, or no part of a micro-step."""
+    serves: Callable[[TrainConfig], bool] = lambda config: True
+    """Whether the kernel takes this size."""
     launched: Callable[[TrainConfig], Any] | None = None
     """What `bench.machine_code` runs on the meta device; the kernel on the arguments of the case, if not given."""
 

@@ -77,7 +77,12 @@ def _recording(place: int, n_layers: int, calls: list[Call]) -> Ops:
 
 
 def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:
-    """A tensor as one that starts a graph, floating-point numbers cast to `dtype`; a dtype as `dtype`; all else as it is."""
+    """A tensor as one that starts a graph, floating-point numbers cast to `dtype`; a dtype as `dtype`; all else as it is.
+
+    Of a tuple each.
+    """
+    if isinstance(x, tuple):
+        return tuple(_leaf(item, dtype) for item in x)
     if isinstance(x, torch.dtype):
         return dtype or x
     if not isinstance(x, Tensor):

@@ -161,6 +161,8 @@ def floor(config: TrainConfig, ceilings: Ceilings) -> dict:
     micro_steps = config.gradient_accumulation_steps
     rows: dict[tuple[str, str], dict] = {}
     for op, part, cost in kernel_costs(config.shape(), config.batch_size, micro_steps):
+        if not cost.bytes:
+            continue
         row = rows.setdefault((op, part), {"op": op, "part": part})
         flops = cost.flops * NEEDED.get(op, 1)
         matrix, memory = 1000 * flops / ceilings.matmul, 1000 * cost.bytes / ceilings.copy
@@ -243,6 +245,8 @@ def issued(config: TrainConfig) -> list[dict]:
 
 def floor_tally(config: TrainConfig) -> dict[str, Tally]:
     """The floor by op: `model.flops`' bytes, in one launch a pass, three a matrix product, one an update."""
+    costs = step_costs(config.shape(), config.batch_size, config.gradient_accumulation_steps)
+    matrices = 2 if costs["mlp"].bytes else 4  # of the others mlp makes the gradients alone
     layers, micro_steps = config.n_layers, config.gradient_accumulation_steps
     passes: dict[str, int] = {}
     for op, sheet in SHEETS.items():
@@ -250,12 +254,12 @@ def floor_tally(config: TrainConfig) -> dict[str, Tally]:
         passes[counted_as] = passes.get(counted_as, 0) + 2 * sheet.calls(config)
     passes |= {
         "rope": layers,
-        "linear": 3 * 4 * layers,
+        "linear": 3 * matrices * layers,
+        "mlp": (2 + 2) * layers,
         "linear_cross_entropy": 4,
     }  # attention's backward is rope's too
     launches = {op: n * micro_steps for op, n in passes.items()} | {"optimizer": 1}
-    costs = step_costs(config.shape(), config.batch_size, micro_steps)
-    return {op: Tally(launches[op], cost.bytes) for op, cost in costs.items()}
+    return {op: Tally(launches[op], cost.bytes) for op, cost in costs.items() if cost.bytes}
 
 
 # ---------------------------------------------------------------------------------------------------------------- print

@@ -31,6 +31,7 @@ import kernels
 from kernels import Ops
 from kernels.attention.op import attention_torch
 from kernels.launch import NAMESPACE, TARGETS, LaunchRecord, record_launches
+from kernels.mlp.op import mlp_torch
 from kernels.ops import FIELDS, InTurn
 from model import Llama
 from model.linear import Linear
@@ -150,6 +151,8 @@ class _Counter(TorchDispatchMode):
         names = [name for names in FIELDS.values() for name in names]
         if not isinstance(ops.rope_attention, InTurn):
             names.append("rope_attention")
+        if ops.mlp is mlp_torch:  # its products and SwiGLU, each by itself
+            names.remove("mlp")
         return Ops(**{name: self.label(COUNTED_AS[name], getattr(ops, name)) for name in names})
 
     @contextmanager

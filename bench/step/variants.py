@@ -27,7 +27,7 @@ from bench.peers.reference_loop import AutocastStep, ReferenceLlama
 from bench.step.tokens import MicroBatches
 from kernels.grammar import SWITCHES
 from model import Llama
-from model.linear import linear
+from kernels.linear import linear
 from training.config import TrainConfig
 from training.distributed import World
 from training.step.trainer import Trainer

@@ -241,6 +241,10 @@ def _again(function: Callable, sight: Sight, double: bool = False) -> list[Tenso
         compute_weight = arguments.pop("compute_weight", None)
         if compute_weight is not None:  # what was read in the weight's stead
             arguments["weight"] = compute_weight.detach().requires_grad_(arguments["weight"].requires_grad)
+        copies = arguments.pop("compute_weights", (None, None))
+        for name, copy in zip(("gate_up_weight", "down_weight"), copies, strict=True):
+            if copy is not None:
+                arguments[name] = copy.detach().requires_grad_(arguments[name].requires_grad)
         arguments = {name: torch.float64 if isinstance(x, torch.dtype) else x for name, x in arguments.items()}
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.is_floating_point() and name != "scale":

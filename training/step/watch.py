@@ -17,9 +17,9 @@ from torch import Tensor
 from kernels import TORCH, Ops
 from kernels.ops import OUTPUTS, InTurn
 from model import Llama
-from model.linear import linear
+from kernels.linear import linear
 
-SUMS = ("gradient_sum", "gradient_rows")
+SUMS = ("gradient_sum", "gradient_sums", "gradient_rows")
 """Arguments to which an op adds a gradient in autograd's stead."""
 SHARE_A_WEIGHT = ("embedding", "linear_cross_entropy")
 PRODUCTS = ("wqkv", "wo", "w_gate_up", "w_down")
@@ -102,6 +102,8 @@ def _watched_ops(ops: Ops, place: int | str, norms: dict[int, str], see: See) ->
     chosen = {f.name: getattr(ops, f.name) for f in fields(Ops)}
     if isinstance(ops.rope_attention, InTurn):  # two ops, each to be seen
         del chosen["rope_attention"]
+    if ops.mlp is TORCH.mlp:
+        del chosen["mlp"]
     return replace(ops, **{name: watched(name, function) for name, function in chosen.items()})
 
 
