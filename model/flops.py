@@ -73,7 +73,7 @@ def kernel_costs(
       rope       q, k read and written forward; backward it is part of attention's, which writes dqkv
       swiglu     2F read, F written | F and 2F read, 2F written
       mlp        where it is one kernel (`kernels.grammar.mlp_serves`), in place of w_gate_up, swiglu and w_down: x read, 2F and
-                 out written | dout and 2F read, 2F, F and dx written; and the products of the weights' gradients
+                 out written | dout and 2F read, 2F, F and dx written; the gradients of its weights stay products
       attention  q, k, v, o | q, k, v, o, do, dq, dk, dv, and the float32 log-sum-exp written and read
       loss head  a linear map, and between its products each chunk's logits are read and rewritten as their gradient
       optimizer  p, g, m, v read, p, m, v written, and in half precision the copies of the matrices and the head, once a step
@@ -96,7 +96,7 @@ def kernel_costs(
     if mlp_serves(dim, ffn, tokens, a):
         weights = 3 * dim * ffn
         kernels = [Cost(tokens * (2 * dim + n * ffn) * a + weights * a, 2 * tokens * weights).times(layers) for n in (2, 5)]
-        gradients = [products("mlp", "products", *shape, layers)[-1] for shape in feed_forward.values()]
+        gradients = [products("linear", name, *shape, layers)[-1] for name, shape in feed_forward.items()]
         of_feed_forward = [*(("mlp", "", cost) for cost in kernels), *gradients, ("swiglu", "", Cost(0))]
     else:
         linears |= feed_forward

@@ -246,7 +246,7 @@ def issued(config: TrainConfig) -> list[dict]:
 def floor_tally(config: TrainConfig) -> dict[str, Tally]:
     """The floor by op: `model.flops`' bytes, in one launch a pass, three a matrix product, one an update."""
     costs = step_costs(config.shape(), config.batch_size, config.gradient_accumulation_steps)
-    matrices = 2 if costs["mlp"].bytes else 4  # of the others mlp makes the gradients alone
+    products = 3 * 2 + 2 if costs["mlp"].bytes else 3 * 4  # of the weights in mlp the gradients alone
     layers, micro_steps = config.n_layers, config.gradient_accumulation_steps
     passes: dict[str, int] = {}
     for op, sheet in SHEETS.items():
@@ -254,8 +254,7 @@ def floor_tally(config: TrainConfig) -> dict[str, Tally]:
         passes[counted_as] = passes.get(counted_as, 0) + 2 * sheet.calls(config)
     passes |= {
         "rope": layers,
-        "linear": 3 * matrices * layers,
-        "mlp": (2 + 2) * layers,
+        "linear": products * layers,
         "linear_cross_entropy": 4,
     }  # attention's backward is rope's too
     launches = {op: n * micro_steps for op, n in passes.items()} | {"optimizer": 1}
