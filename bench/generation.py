@@ -26,9 +26,9 @@ from rich.table import Table
 import kernels
 from bench import command
 from bench.measure import Timing, environment, time_in_turn, version, write_json
+from kernels.linear import linear
 from model import Llama, huggingface
 from model.generation import generate, lay_out_for_decoding
-from kernels.linear import linear
 from model.sampling import Sampling
 from training.config import TrainConfig, defaults
 from training.device import resolve_device, resolve_dtype

@@ -4,7 +4,7 @@ Elements a token and layer, for width d, kv = Hkv D and ffn width F, with the ke
 model/recompute.py:
 
     none        7 d + 3 kv + 3 F    both norms: their sums and outputs, 4 d; qkv, d + 2 kv; rotated q and k, d + kv; attention's
-                                    output, d; gate and up, 2 F; SwiGLU's output, F
+                                    output, d; gate and up, 2 F; SwiGLU's output, F, but where the feed-forward is one kernel
     selective   6 d + 3 kv          all of that up to attention's output, and what wo makes of it
     full        2 d                 the branch and the residual stream that the layer is given (d in the first, which has no branch)
 
@@ -15,9 +15,16 @@ from model.config import LlamaConfig
 from model.flops import FLOAT32
 
 
-def kept_bytes(config: LlamaConfig, tokens: int, recompute: str, activation_bytes: int = 2) -> int:
-    """Bytes that all layers keep from forward to backward, of so many tokens. activation_bytes: 4 in float32, else 2."""
+def kept_bytes(
+    config: LlamaConfig, tokens: int, recompute: str, activation_bytes: int = 2, one_kernel: bool = False
+) -> int:
+    """Bytes that all layers keep from forward to backward, of so many tokens. activation_bytes: 4 in float32, else 2.
+
+    one_kernel: whether the feed-forward is one (kernels/mlp).
+    """
     elements, float32 = _kept_by_a_layer(config, recompute)
+    if one_kernel and recompute == "none":
+        elements -= config.hidden_dim
     first_has_no_branch = config.dim if recompute == "full" else 0
     all_layers = config.n_layers * elements - first_has_no_branch
     return tokens * (all_layers * activation_bytes + config.n_layers * float32 * FLOAT32)

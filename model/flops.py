@@ -95,7 +95,9 @@ def kernel_costs(
     feed_forward = {"w_gate_up": (dim, 2 * ffn), "w_down": (ffn, dim)}
     if mlp_serves(dim, ffn, tokens, a):
         weights = 3 * dim * ffn
-        kernels = [Cost(tokens * (2 * dim + n * ffn) * a + weights * a, 2 * tokens * weights).times(layers) for n in (2, 5)]
+        kernels = [
+            Cost(tokens * (2 * dim + n * ffn) * a + weights * a, 2 * tokens * weights).times(layers) for n in (2, 5)
+        ]
         gradients = [products("linear", name, *shape, layers)[-1] for name, shape in feed_forward.items()]
         of_feed_forward = [*(("mlp", "", cost) for cost in kernels), *gradients, ("swiglu", "", Cost(0))]
     else:

@@ -6,7 +6,8 @@ gradient that of one process, to the rounding of its sums:
 
 - norms stay outside, whole and float32 on every process; their gradients are summed by the trainer
 - embedding and head, units of their own or, tied, of the root, are gathered in float32, and cast where they are read
-- a layer's matrices are gathered in the compute dtype, but their gradients are float32 (`grad_dtype`), as `kernels.linear` makes them
+- a layer's matrices are gathered in the compute dtype, but their gradients are float32 (`grad_dtype`), as kernels/linear.py makes
+  them
 
 The last is what torch.compile does not keep: it rounds the float32 gradient of a bfloat16 leaf to bfloat16.
 """

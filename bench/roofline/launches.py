@@ -177,7 +177,9 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         op = self._op(func)
-        if func is torch.ops.triton_llama.add_product.default:  # a linear map's, whoever asks: the feed-forward's kernel does too
+        if (
+            func is torch.ops.triton_llama.add_product.default
+        ):  # a linear map's, whoever asks: the feed-forward's kernel does too
             self._add("linear", call_bytes(func, args, kwargs, None))
             return None
         if func.namespace == NAMESPACE:  # the launcher: its kernels, and the copies that it makes for them

@@ -26,8 +26,8 @@ from bench.peers import liger, transformers_llama
 from bench.peers.reference_loop import AutocastStep, ReferenceLlama
 from bench.step.tokens import MicroBatches
 from kernels.grammar import SWITCHES
-from model import Llama
 from kernels.linear import linear
+from model import Llama
 from training.config import TrainConfig
 from training.distributed import World
 from training.step.trainer import Trainer

@@ -4,9 +4,9 @@
     between two    GAP
     the step       their sum
 
-Bytes are those of the tensors that the launch reads and writes, each once; FLOPs are counted for products, and for attention as the
-floor counts them. What a kernel loses to its instructions, to waiting and to an uneven last wave is not in the model: a measured
-step stands above the predicted one by that.
+Bytes are those of the tensors that the launch reads and writes, each once; FLOPs are counted for products, those inside of the
+feed-forward's kernels too, and for attention as the floor counts them. What a kernel loses to its instructions, to waiting and to
+an uneven last wave is not in the model: a measured step stands above the predicted one by that.
 """
 
 import re
@@ -33,7 +33,9 @@ def works(compiled: dict, config: TrainConfig, ceilings: Ceilings) -> list[Work]
     found = []
     for launch in compiled["launches"]:
         times = 1 if launch["part"] in ONCE else compiled["micro_steps"]
-        flops = _product_flops(launch) if launch["kind"] == "product" else attention.get(_direction(launch), 0)
+        flops = attention.get(_direction(launch), 0) + _mlp_flops(launch)
+        if launch["kind"] == "product":
+            flops = _product_flops(launch)
         moved = launch["read"] + launch["written"]
         ms = max(1000 * moved / ceilings.copy, 1000 * flops / ceilings.matmul, LEAST)
         found.append(Work(_cause(launch), times * ms, times))
@@ -54,6 +56,15 @@ def _product_flops(launch: dict) -> float:
     *_, a, b = [s for name, s in zip(launch["tensors"], sizes, strict=True) if "out" not in name and len(s) >= 2]
     result = next((s for name, s in zip(launch["tensors"], sizes, strict=True) if "out" in name), matrices[0])
     return 2 * (prod(a) * prod(b) * prod(result)) ** 0.5
+
+
+def _mlp_flops(launch: dict) -> float:
+    """Each weight of the feed-forward is multiplied once with every row, forward, and once more for the gradient of x."""
+    if not launch["name"].startswith("_mlp"):
+        return 0
+    sizes = {name: _sizes(shape) for name, shape in launch["tensors"].items()}
+    *rows, _ = sizes["out_ptr" if "out_ptr" in sizes else "dx_ptr"]
+    return 2 * prod(rows) * (prod(sizes["gate_up_weight_ptr"]) + prod(sizes["down_weight_ptr"]))
 
 
 def _sizes(shape: str) -> tuple[int, ...]:

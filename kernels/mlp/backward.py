@@ -52,7 +52,9 @@ def _mlp_backward_kernel(
     store_rows(dx_ptr + first_row * DIM + row * DIM, inside, dx, DIM)
 
 
-def _outputs(dout: Tensor, gate_up_weight: Tensor, down_weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    dout: Tensor, gate_up_weight: Tensor, down_weight: Tensor, gate_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     def empty(width: int) -> Tensor:
         return torch.empty((*dout.shape[:-1], width), dtype=dout.dtype, device=dout.device)
 

@@ -27,7 +27,7 @@ Bytes for M rows in e bytes an element, weights not counted:
 
                     read                     written                          together      apart
     forward         x                        gate, up, out                    2 e M (D+F)   2 e M (D+3F)
-    backward        dout, gate, up           dgate, dup, y, dx                e M (2D+5F)   e M (2D+9F)
+    backward        dout, gate, up           dgate, dup, y, dx                e M (2D+5F)   e M (2D+8F)
     dW_gu, dW_d     x, dgate, dup, dout, y                                    e M (2D+3F)   the same
 """
 
@@ -100,7 +100,10 @@ def _check(
         raise ValueError(f"mlp: down_weight has shape {tuple(down_weight.shape)}, wanted (D, F) with F at least 1")
     shapes = (2 * hidden_dim, x.shape[-1]), tuple(down_weight.shape)
     check_tensor("mlp", "gate_up_weight", gate_up_weight, shapes[0], (torch.float32, x.dtype), x.device)
-    for name, pair, dtype in (("compute_weights", compute_weights, x.dtype), ("gradient_sums", gradient_sums, torch.float32)):
+    for name, pair, dtype in (
+        ("compute_weights", compute_weights, x.dtype),
+        ("gradient_sums", gradient_sums, torch.float32),
+    ):
         for i, tensor in enumerate(pair):
             if tensor is not None:
                 check_tensor("mlp", f"{name}[{i}]", tensor, shapes[i], (dtype,), x.device)
@@ -111,7 +114,9 @@ def _check(
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up_weight, down_weight, gate_up_copy, down_copy, gate_up_sum, down_sum, keep: bool) -> Tensor:
+    def forward(
+        ctx, x, gate_up_weight, down_weight, gate_up_copy, down_copy, gate_up_sum, down_sum, keep: bool
+    ) -> Tensor:
         out, gate_up = _mlp(x, gate_up_copy, down_copy, keep)
         ctx.save_for_backward(x, gate_up_copy, down_copy, gate_up)
         ctx.sums = gate_up_sum, down_sum  # not saved: autograd would refuse them for having changed since

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels import TORCH, Ops
+from kernels.linear import linear
 from kernels.ops import OUTPUTS, InTurn
 from model import Llama
-from kernels.linear import linear
 
 SUMS = ("gradient_sum", "gradient_sums", "gradient_rows")
 """Arguments to which an op adds a gradient in autograd's stead."""
