@@ -39,13 +39,12 @@ def _mlp_forward_kernel(
         weight = load_rows(gate_up_weight_ptr + start * DIM + weight_row * DIM, (pair // 2)[:, None] < left,
                            DIM, BLOCK_D, BLOCK_D2, CHECK)
         # fmt: on
-        gate_up = dot_rows(x, weight).to(x_ptr.dtype.element_ty)  # [BLOCK_M, 2 BLOCK_F]
+        gate_up = dot_rows(x, weight)  # [BLOCK_M, 2 BLOCK_F]
         if gate_up_ptr is not None:
             mask = hidden_mask(inside, pair[None, :], 2 * left, CHECK)
-            tl.store(gate_up_ptr + start * 2 + row * (2 * WIDTH) + pair[None, :], gate_up, mask)
+            tl.store(gate_up_ptr + start * 2 + row * (2 * WIDTH) + pair[None, :], gate_up.to(gate_up_ptr.dtype.element_ty), mask)
         gate, up = tl.split(tl.reshape(gate_up, [BLOCK_M, BLOCK_F, 2]))
-        gate = gate.to(tl.float32)
-        y = (gate * _sigmoid(gate) * up.to(tl.float32)).to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_F]
+        y = (gate * _sigmoid(gate) * up).to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_F]
         down = load_down(down_weight_ptr + start + cols, cols < left, DIM, WIDTH, BLOCK_D, BLOCK_D2, CHECK)
         out = add_through_down(out, y, down)
     store_rows(out_ptr + first_row * DIM + row * DIM, inside, out, DIM)

@@ -18,10 +18,10 @@ A program keeps BLOCK_M rows and walks through F in blocks: of each block it mul
 up and y, or their gradients, never leave the multiprocessor but to be kept. Apart, three passes forward and three backward read
 them again: y for the second product, gate and up for SwiGLU, dy for its backward, dgate and dup for dx.
 
-Rounded as the parts apart are: gate, up, y and dy to the dtype of x; sums, and all between, are float32.
+All between the products is float32; y, dgate and dup are rounded to the dtype of x once, for the next one.
 
-Saved: x, and gate and up with the two of a pair side by side, as the forward kernel's accumulator holds them. y is made again
-from those, in the backward pass, where dW_d needs it.
+Saved: x, and gate and up, rounded, with the two of a pair side by side, as the forward kernel's accumulator holds them. y is made
+again from those in the backward pass, where dW_d needs it.
 
 Bytes for M rows in e bytes an element, weights not counted:
 
