@@ -100,6 +100,7 @@ def gpu_cases() -> list[Case]:
         Case("compile-reference", warm, 150, side_by_side=True, json=False),
         Case("tests-kernels", tests("-m", "not slow", *KERNEL_TESTS), 150, side_by_side=True),
         Case("step-reference", step("reference", "--profile"), 150),
+        Case("step-reference-mlp", step("reference", "--variants", "fused-uncaptured", "without-mlp"), 100),
         *(Case(f"ops-{op}", ("bench.ops", "--op", op), 600 if op == "attention" else 300) for op in SWITCHES),
         Case("step-124m", step("124m", *large, "--profile"), 300),
         Case("step-llama3.2-1b", step("llama3.2-1b", *large, "--profile"), 400),
