@@ -29,6 +29,7 @@ from bench.step import tokens
 from bench.step.variants import make_trainer
 from kernels.launch import HAVE_TRITON, INTERPRETED
 from kernels.linear import add_product, linear
+from kernels.mlp.op import on_any_rows
 from training.config import TrainConfig
 from training.device import resolve_device, set_determinism
 from training.step.trainer import MicroBatch
@@ -100,6 +101,7 @@ class Check:
     run: Callable[[], Found]
 
 
+@on_any_rows()
 def measure(options: CheckBench, console: Console) -> dict:
     """Run the checks, a line each, and return (and write, where asked) the result. Exit status 1 where one failed."""
     command.check_writable(options.json)

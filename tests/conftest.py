@@ -17,6 +17,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def the_feed_forward_kernel_on_any_rows():
+    """Models that tests train have fewer than it is meant for on a GPU."""
+    from kernels.mlp.op import on_any_rows
+
+    with on_any_rows():
+        yield
+
+
 @pytest.fixture
 def determinism_put_back():
     """For tests of programs that switch deterministic algorithms on, which holds for the whole process."""

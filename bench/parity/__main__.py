@@ -37,6 +37,7 @@ from bench.parity.bisection import Selection, bisect, spell, union
 from bench.parity.model_errors import Models, Select
 from bench.parity.op_errors import FLOOR, measure_call
 from kernels import grammar
+from kernels.mlp.op import on_any_rows
 from training.config import TrainConfig, defaults, interpreting
 from training.device import resolve_device, resolve_dtype, set_determinism
 from training.errors import UserError
@@ -70,6 +71,7 @@ class Parity:
     """File to write the result to."""
 
 
+@on_any_rows()
 def measure(options: Parity, console: Console, select: Select = kernels.select) -> dict:
     """Print the tables, and the search where asked, and return (and write, where asked) what they show.
 

@@ -31,6 +31,9 @@ Bytes for M rows in e bytes an element, weights not counted:
     dW_gu, dW_d     x, dgate, dup, dout, y                                    e M (2D+3F)   the same
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -50,15 +53,27 @@ from kernels.mlp.forward import _mlp
 from kernels.swiglu import swiglu_torch
 
 
-def mlp_serves(x: Tensor, hidden_dim: int) -> bool:
-    """Whether the kernels are meant for these rows and this width: `kernels.grammar.mlp_serves`.
+_any_rows = INTERPRETED
+"""The interpreter is for checking as well."""
 
-    The interpreter, which is for checking, takes all that they can compute.
-    """
+
+def mlp_serves(x: Tensor, hidden_dim: int) -> bool:
+    """Whether the kernels are meant for these rows and this width: `kernels.grammar.mlp_serves`, or `on_any_rows`."""
     dim = x.shape[-1]
-    if INTERPRETED:
+    if _any_rows:
         return dim <= MLP_WIDEST
     return grammar.mlp_serves(dim, hidden_dim, x.numel() // dim, x.element_size())
+
+
+@contextlib.contextmanager
+def on_any_rows() -> Iterator[None]:
+    """Inside, they serve whatever they can compute: for checks, which are smaller than what the kernels are meant for."""
+    global _any_rows
+    before, _any_rows = _any_rows, True
+    try:
+        yield
+    finally:
+        _any_rows = before
 
 
 # ----------------------------------------------------------------------------------------------------------- torch twin
