@@ -42,7 +42,11 @@ def _mlp_forward_kernel(
         gate_up = dot_rows(x, weight)  # [BLOCK_M, 2 BLOCK_F]
         if gate_up_ptr is not None:
             mask = hidden_mask(inside, pair[None, :], 2 * left, CHECK)
-            tl.store(gate_up_ptr + start * 2 + row * (2 * WIDTH) + pair[None, :], gate_up.to(gate_up_ptr.dtype.element_ty), mask)
+            tl.store(
+                gate_up_ptr + start * 2 + row * (2 * WIDTH) + pair[None, :],
+                gate_up.to(gate_up_ptr.dtype.element_ty),
+                mask,
+            )
         gate, up = tl.split(tl.reshape(gate_up, [BLOCK_M, BLOCK_F, 2]))
         y = (gate * _sigmoid(gate) * up).to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_F]
         down = load_down(down_weight_ptr + start + cols, cols < left, DIM, WIDTH, BLOCK_D, BLOCK_D2, CHECK)

@@ -52,7 +52,6 @@ from kernels.mlp.backward import _mlp_backward
 from kernels.mlp.forward import _mlp
 from kernels.swiglu import swiglu_torch
 
-
 _any_rows = INTERPRETED
 """The interpreter is for checking as well."""
 
