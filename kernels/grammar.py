@@ -15,6 +15,8 @@ LAYER_SWITCHES = ("rms_norm", "rope", "swiglu", "attention", "mlp")
 OUT_SWITCHES = ("embedding", "rms_norm", "linear_cross_entropy")
 RUN_SWITCHES = ("adamw",)
 SWITCHES = tuple(dict.fromkeys((*LAYER_SWITCHES, *OUT_SWITCHES, *RUN_SWITCHES)))
+NEEDS = {"mlp": "swiglu"}
+"""Of a switch that is on at no place without another: that other."""
 
 
 def attention_serves(head_dim: int) -> bool:
@@ -76,10 +78,10 @@ def _chosen(spec: str, n_layers: int) -> list[frozenset[str]]:
                     raise ValueError(
                         f"kernels item {item!r}: {word.lstrip('-')} does not occur at {here}, which has {has}"
                     )
-        if word == "mlp":
-            named |= {"swiglu"}
-        elif word == "-swiglu":
-            named |= {"mlp"}
+        if on:
+            named |= {NEEDS[switch] for switch in named if switch in NEEDS}
+        else:
+            named |= {switch for switch, needed in NEEDS.items() if needed in named}
         for i in covered:
             chosen[i] = chosen[i] | (named & occurs[i]) if on and word != "none" else chosen[i] - named
     return chosen

@@ -46,10 +46,13 @@ class _MixedLinear(torch.autograd.Function):
 
 
 def weight_gradient(dy: Tensor, x: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
-    """dy^T x (out, in) in float32, of dy (..., out) and x (..., in) in one dtype: None where it is added to `gradient_sum`."""
+    """dy^T x (out, in), of dy (..., out) and x (..., in) in one dtype: None where it is added to `gradient_sum`.
+
+    In float32, but for float64, which stays that.
+    """
     dy_t, x = dy.flatten(0, -2).T, x.flatten(0, -2)
     if gradient_sum is None:
-        return dy_t @ x if x.dtype == torch.float32 else _product(dy_t, x)
+        return dy_t @ x if x.dtype in (torch.float32, torch.float64) else _product(dy_t, x)
     add_product(gradient_sum, dy_t, x)
     return None
 

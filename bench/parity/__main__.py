@@ -14,7 +14,9 @@ is 1. A kernel that differs from its twin in rounding alone stays near 1.
 
 --bisect turns the kernels on by layer and by op, ever fewer, until one alone makes the loss or a gradient of the whole model
 exceed the tolerance, and names it; if several do, all of them, and those that do so only together as such. It sees what the
-second table sees, and owes nothing to how the first one was made.
+second table sees, and owes nothing to how the first one was made. SwiGLU's kernel is tried without mlp, which runs in its place.
+
+The first table has what the model calls. mlp is among it in a narrow model, and here on fewer tokens than in training.
 
 The weights are drawn so that each product keeps the scale of what it is given: with those of a new model attention would be
 nearly uniform, and the branches next to nothing beside the residual stream. They are numbers of the compute dtype, so that no

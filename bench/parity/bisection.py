@@ -19,20 +19,23 @@ def bisect(selection: Selection, exceeds: Callable[[Selection], bool]) -> list[S
     both halves are tried, so no culprit hides another. Where neither half exceeds by itself the errors of ops in both add up:
     ops are then left out one by one, and those that can't be are a culprit together. What is left without the culprits is tried
     in the end, and searched in turn if it exceeds: so the selection without all that is returned was seen not to exceed.
+
+    An op that needs another (`grammar.NEEDS`) is tried with it, and after it. If that one exceeds by itself, it alone is named,
+    and the other stays unknown.
     """
     exceeds = cache(exceeds)
 
     def search(part: Selection) -> list[Selection]:
         if not exceeds(part):
             return []
-        return [culprit for half in _halves(part) for culprit in search(half)] or [shrink(part)]
+        return [culprit for piece in _pieces(part) for culprit in search(piece)] or [shrink(part)]
 
     def shrink(part: Selection) -> Selection:
         for unit in _units(part):
             rest = without(part, _only(part, [unit]))
             if any(rest) and exceeds(rest):
                 part = rest
-        return part
+        return bare(part)
 
     culprits: list[Selection] = []
     rest = selection
@@ -42,11 +45,17 @@ def bisect(selection: Selection, exceeds: Callable[[Selection], bool]) -> list[S
     return culprits
 
 
-def _halves(part: Selection) -> list[Selection]:
-    """The part in two, early layers and late ones; nothing if it is one op at one place."""
-    units = _units(part)
-    middle = len(units) // 2
-    return [_only(part, units[:middle]), _only(part, units[middle:])] if middle else []
+def _pieces(part: Selection) -> list[Selection]:
+    """The part in two, early layers and late ones; an op that needs another with that; of such a pair the other alone."""
+    whole = [(place, switch) for place, switch in _units(part) if switch not in grammar.NEEDS]
+    middle = len(whole) // 2
+    if middle:
+        return [_with_what_needs_them(part, units) for units in (whole[:middle], whole[middle:])]
+    return [_only(part, whole)] if whole != _units(part) else []
+
+
+def _with_what_needs_them(part: Selection, units: list[tuple[int, str]]) -> Selection:
+    return _only(part, [*units, *((place, s) for place, s in _units(part) if (place, grammar.NEEDS.get(s)) in units)])
 
 
 def _units(part: Selection) -> list[tuple[int, str]]:
@@ -68,8 +77,14 @@ def union(selections: list[Selection]) -> Selection:
 
 
 def without(selection: Selection, other: Selection) -> Selection:
-    """What is on in the first and not in the second."""
-    return tuple(a - b for a, b in zip(selection, other, strict=True))
+    """What is on in the first and not in the second, and needs nothing that is off."""
+    left = [a - b for a, b in zip(selection, other, strict=True)]
+    return tuple(frozenset(s for s in switches if grammar.NEEDS.get(s, s) in switches) for switches in left)
+
+
+def bare(selection: Selection) -> Selection:
+    """The selection but for what comes with another of it: `grammar.parse` turns that on unasked."""
+    return tuple(switches - {grammar.NEEDS[s] for s in switches if s in grammar.NEEDS} for switches in selection)
 
 
 def spell(selection: Selection, sign: str = "") -> str:

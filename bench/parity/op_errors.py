@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import TORCH, Ops
+from kernels.linear import linear
 from kernels.ops import FIELDS, OUTPUTS
 from model import Llama
 
@@ -61,9 +62,14 @@ def _recording(place: int, n_layers: int, calls: list[Call]) -> Ops:
     """The torch twins, which append what they are given to `calls`."""
     norms = iter(("attention_norm", "ffn_norm") if place < n_layers else ("final_norm",))
 
+    def mlp(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, compute_weights, gradient_sums) -> Tensor:
+        """The twin, to the bit, whose SwiGLU is recorded as well."""
+        gate_up = linear(x, gate_up_weight, compute_weights[0], gradient_sums[0])
+        return linear(ops.swiglu(gate_up), down_weight, compute_weights[1], gradient_sums[1])
+
     def recorded(op: str, *arguments, **keywords):
         name = next(norms) if op in FIELDS["rms_norm"] else op
-        outputs = getattr(TORCH, op)(*arguments, **keywords)
+        outputs = (mlp if op == "mlp" else getattr(TORCH, op))(*arguments, **keywords)
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         call = Call(place, op, name, tuple(map(_leaf, arguments)), keywords, [None] * len(several))
         calls.append(call)
@@ -73,7 +79,8 @@ def _recording(place: int, n_layers: int, calls: list[Call]) -> Ops:
             y.register_hook(partial(call.upstream.__setitem__, i))
         return several if isinstance(outputs, tuple) else several[0]
 
-    return Ops(**{name: partial(recorded, name) for names in FIELDS.values() for name in names})
+    ops = Ops(**{name: partial(recorded, name) for names in FIELDS.values() for name in names})
+    return ops
 
 
 def _leaf(x: Any, dtype: torch.dtype | None = None) -> Any:

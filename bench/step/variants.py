@@ -10,7 +10,8 @@
     liger, liger-compiled            Liger-Kernel's ops in the same model, torch's attention and AdamW
     transformers                     Hugging Face's Llama of equal size under autocast, with SDPA and torch's AdamW, eager
 
-`only-` and `without-` run uncaptured, so that the difference to compiled and to fused-uncaptured is the kernel's.
+`only-` and `without-` run uncaptured, so that the difference to compiled and to fused-uncaptured is the kernel's. A kernel that
+needs another (`kernels.grammar.NEEDS`) is on with it, and off with it.
 """
 
 from collections.abc import Callable

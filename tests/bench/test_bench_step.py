@@ -70,8 +70,10 @@ def test_variants_get_the_kernels_the_compilation_and_the_capture_that_they_are_
     assert options("fused") == (every, True, True)
     assert options("fused-uncaptured") == (every, True, False)
     for op in every:
-        assert options(f"only-{op}") == ({op}, True, False)
-        assert options(f"without-{op}") == (every - {op}, True, False)
+        with_it = {op} | {grammar.NEEDS.get(op, op)}
+        off_with_it = {op} | {other for other, needed in grammar.NEEDS.items() if needed == op}
+        assert options(f"only-{op}") == (with_it, True, False)
+        assert options(f"without-{op}") == (every - off_with_it, True, False)
     assert len(PER_OP) == 2 * len(every)
     assert set(PER_OP) <= set(VARIANTS)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.parity.bisection import bisect, spell, union, without
+from bench.parity.bisection import bare, bisect, spell, union, without
 from kernels import grammar
 from kernels.grammar import parse
 
@@ -16,18 +16,23 @@ def selection(spec, n_layers=N_LAYERS):
 
 
 def contains(part, other):
-    return not any(without(other, part))
+    return all(theirs <= switches for theirs, switches in zip(other, part, strict=True))
 
 
 @st.composite
 def units(draw, **size):
-    """Specs of single ops at single places."""
+    """Specs of single ops at single places, and of one that needs another never both: the other is named for the two."""
     every = [
         f"{switch}@{place}"
         for place in [*range(N_LAYERS), "out"]
         for switch in (grammar.OUT_SWITCHES if place == "out" else grammar.LAYER_SWITCHES)
     ]
-    return draw(st.lists(st.sampled_from(every), unique=True, **size))
+
+    def what_is_named(unit):
+        switch, _, place = unit.partition("@")
+        return grammar.NEEDS.get(switch, switch), place
+
+    return draw(st.lists(st.sampled_from(every), unique_by=what_is_named, **size))
 
 
 # --------------------------------------------------------------------------------------------------------------- search
@@ -48,10 +53,30 @@ def test_what_exceeds_only_together_is_found_beside_what_exceeds_alone(pair, alo
         return contains(part, together) or any(contains(part, unit) for unit in alone)
 
     found = bisect(selection("all"), exceeds)
-    assert all(unit in found for unit in alone)
+    assert all(bare(unit) in found for unit in alone)
     assert not exceeds(without(selection("all"), union(found)))
     if not any(contains(together, unit) for unit in alone):
-        assert together in found
+        assert bare(together) in found
+
+
+@pytest.mark.parametrize("guilty", ["mlp@2", "swiglu@2"])
+@pytest.mark.parametrize("spec", ["all", "all@2", "mlp@2", "mlp,-mlp@3-4,rope@0"])
+def test_an_op_that_needs_another_is_named_itself_where_the_other_is_fine(guilty, spec):
+    asked = []
+
+    def exceeds(part):
+        asked.append(part)
+        return contains(part, selection(guilty))
+
+    found = bisect(selection(spec), exceeds)
+    assert [spell(part) for part in found] == [guilty]
+    assert all(selection(spell(part)) == part for part in asked)  # what no spec can say is not tried
+    rest = without(selection(spec), union(found))
+    assert ("swiglu" in rest[2], "mlp" in rest[2]) == (guilty == "mlp@2", False)
+
+
+def test_where_an_op_and_what_it_needs_are_both_wrong_the_latter_is_named():
+    assert [spell(part) for part in bisect(selection("all"), lambda part: "swiglu" in part[1])] == ["swiglu@1"]
 
 
 def test_a_search_stays_within_the_selection_it_was_given():
@@ -83,8 +108,11 @@ def test_nothing_is_found_where_nothing_exceeds(spec):
     assert bisect(selection(spec), lambda part: False) == []
 
 
-def test_a_model_that_exceeds_with_whatever_is_on_has_every_kernel_named():
-    assert len(bisect(selection("all"), any)) == len(grammar.LAYER_SWITCHES) * N_LAYERS + len(grammar.OUT_SWITCHES)
+def test_a_model_that_exceeds_with_whatever_is_on_has_every_kernel_named_that_can_be_on_alone():
+    found = {spell(part) for part in bisect(selection("all"), any)}
+    alone = {s for s in grammar.LAYER_SWITCHES if s not in grammar.NEEDS}
+    of_layers = {f"{switch}@{layer}" for switch in alone for layer in range(N_LAYERS)}
+    assert found == of_layers | {f"{switch}@out" for switch in grammar.OUT_SWITCHES}
 
 
 # ---------------------------------------------------------------------------------------------------------------- specs
@@ -112,6 +140,7 @@ def test_a_selection_spelled_with_a_minus_turns_off_just_that(guilty):
         ("swiglu", "swiglu@0-4"),
         ("swiglu@3,rope@3", "rope@3,swiglu@3"),
         ("rms_norm", "rms_norm@0-4,rms_norm@out"),
+        ("mlp@1", "swiglu@1,mlp@1"),
     ],
 )
 def test_specs_are_spelled_short(spec, spelled):

@@ -16,7 +16,7 @@ SHAPE = LlamaConfig(
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAN_RUN_KERNELS = INTERPRETED or torch.cuda.is_available()
-NAMES = ["attention_norm", "rope", "attention", "ffn_norm", "swiglu"]
+NAMES = ["attention_norm", "rope", "attention", "ffn_norm", "swiglu", "mlp"]
 
 
 def make_model():
@@ -79,6 +79,13 @@ def test_upstream_gradients_are_those_from_outside_the_op(calls):
     assert find(calls, 2, "final_norm").upstream[1] is None  # nobody reads the last sum
 
 
+def test_of_a_feed_forward_that_is_one_op_the_part_in_it_is_recorded_too(calls):
+    swiglu, mlp = find(calls, 1, "swiglu"), find(calls, 1, "mlp")
+    x, gate_up_weight, down_weight = mlp.arguments
+    torch.testing.assert_close(swiglu.arguments[0], x @ gate_up_weight.T)
+    torch.testing.assert_close(swiglu.upstream[0], mlp.upstream[0] @ down_weight)
+
+
 def test_a_recorded_run_is_the_plain_run_and_leaves_the_model_as_it_was():
     recorded, plain = make_model(), make_model()
     ops = recorded.ops
@@ -100,6 +107,8 @@ def test_each_output_and_gradient_has_a_row(calls):
     assert tensors["rope"] == [*(("output", name) for name in "qkv"), ("gradient", "qkv")]
     assert tensors["swiglu"] == [("output", "y"), ("gradient", "gate_up")]
     assert tensors["attention"] == [("output", "o"), *(("gradient", name) for name in "qkv")]
+    matrices = ("gate_up_weight", "down_weight")
+    assert tensors["mlp"] == [("output", "out"), *(("gradient", name) for name in ("x", *matrices))]
     assert tensors["linear_cross_entropy"] == [("output", "loss"), ("gradient", "hidden"), ("gradient", "weight")]
 
 

@@ -110,6 +110,10 @@ def named(result):
 FAULTS = {
     "swiglu@1, output": ("swiglu@1", 1, {"swiglu": wrong("swiglu", forward=1.001)}),
     "swiglu@1, gradient": ("swiglu@1", 1, {"swiglu": wrong("swiglu", backward=1.001)}),
+    "mlp@1, output": ("mlp@1", 1, {"mlp": wrong("mlp", forward=1.001)}),
+    "mlp@0, gradient of x": ("mlp@0", 0, {"mlp": wrong("mlp", 0, backward=1.001)}),
+    "mlp@2, gradient of gate_up_weight": ("mlp@2", 2, {"mlp": wrong("mlp", 1, backward=1.001)}),
+    "mlp@1, gradient of down_weight": ("mlp@1", 1, {"mlp": wrong("mlp", 2, backward=1.001)}),
     "rope@0, gradient of qkv": ("rope@0", 0, {"rope": wrong("rope", 0, backward=1.001)}),
     "rope@2, q": ("rope@2", 2, {"rope": wrong("rope", forward=1.001)}),
     "attention@2, output": ("attention@2", 2, {"attention": wrong("attention", forward=1.001)}),
@@ -137,14 +141,14 @@ def test_a_fault_in_one_kernel_of_one_layer_is_named(options, console, name, pla
 
 def test_several_faults_are_all_named_and_what_is_left_is_fine(options, console):
     faults = {
-        0: {"attention": wrong("attention", 2, backward=1.001)},
+        0: {"attention": wrong("attention", 2, backward=1.001), "mlp": wrong("mlp", forward=1.001)},
         1: {"swiglu": wrong("swiglu", forward=1.01), "rope": wrong("rope", 0, forward=1.001)},
         3: {"add_rms_norm": wrong("add_rms_norm", forward=1.001)},
     }
     result, status = search(options, console, planting(faults))
     found = result["bisection"]
     assert status == 1
-    assert sorted(found["culprits"]) == ["attention@0", "rms_norm@out", "rope@1", "swiglu@1"]
+    assert sorted(found["culprits"]) == ["attention@0", "mlp@0", "rms_norm@out", "rope@1", "swiglu@1"]
     assert found["steps"][0]["kernels"] == "all"
     assert not found["steps"][0]["within"]
     assert found["steps"][-1]["within"]
@@ -187,11 +191,16 @@ def test_the_kernels_are_within_the_tolerance_and_nothing_is_named(options, cons
 
 
 @needs_kernels
-def test_a_fault_is_named_among_real_kernels(options, console):
-    fault = {"swiglu": lambda gate_up: kernels.TRITON.swiglu(Scaled.apply(gate_up, 1.0, 1.001))}
-    result, status = search(options, console, planting({1: fault}, kernels.TRITON))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("op", ["swiglu", "mlp"])
+def test_a_fault_is_named_among_real_kernels(options, console, op, dtype):
+    def faulty(x, *rest, **keywords):
+        return getattr(kernels.TRITON, op)(Scaled.apply(x, 1.0, 1.01), *rest, **keywords)
+
+    options = replace(options, dtype=dtype, n_layers=2)
+    result, status = search(options, console, planting({1: {op: faulty}}, kernels.TRITON))
     assert status == 1
-    assert result["bisection"]["culprits"] == named(result) == ["swiglu@1"]
+    assert result["bisection"]["culprits"] == named(result) == [f"{op}@1"]
 
 
 @needs_kernels
@@ -207,7 +216,7 @@ def test_the_map_has_a_row_for_each_tensor_of_each_call(options, console, tmp_pa
     result = measure(options, console, planting({}))
     assert json.loads((tmp_path / "parity.json").read_text()) == result
     calls = list(dict.fromkeys((row["layer"], row["call"]) for row in result["ops"]))
-    layer = ["attention_norm", "rope", "attention", "ffn_norm", "swiglu"]
+    layer = ["attention_norm", "rope", "attention", "ffn_norm", "swiglu", "mlp"]
     assert calls == [("out", "embedding")] + [(i, call) for i in range(3) for call in layer] + [
         ("out", "final_norm"),
         ("out", "linear_cross_entropy"),
