@@ -31,6 +31,8 @@ dK and dV at head dim 128 on an H100 (T 4096, 32 and 8 heads): 2.17 ms in tiles 
 def faults(code: MachineCode, launched: LaunchRecord, target: Target) -> list[str]:
     """What is wrong with the machine code of a launch, in words; nothing where nothing is."""
     found = []
+    if not code.widest_store:
+        found.append("stores nothing: the compiler has lost its body")
     if code.stack > MEASURED_SPILLS.get((launched.kernel.__name__, launched.arguments.get("HEAD_DIM"), target.arch), 0):
         found.append(f"spills: {code.stack} bytes a thread, at {code.registers} registers")
     if code.shared > target.shared_memory:

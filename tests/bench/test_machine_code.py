@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -156,11 +156,30 @@ def product(a_ptr, b_ptr, c_ptr, n_blocks, M: tl.constexpr, N: tl.constexpr, K: 
     tl.store(c_ptr + rows * N + cols, c.to(c_ptr.dtype.element_ty))
 
 
+@triton.jit
+def nothing(x_ptr, y_ptr, N: tl.constexpr):
+    """As a compiler that loses a kernel's body would have it."""
+
+
 def copy_of(n, warps=4, x_step=1, y_step=1, row=4096, dtype=torch.bfloat16):
     x, y = (torch.empty(8, row, dtype=dtype, device="meta") for _ in range(2))
     return LaunchRecord(
         scaled_copy, (1,), {"x_ptr": x, "y_ptr": y, "x_step": x_step, "y_step": y_step, "N": n}, warps, 1
     )
+
+
+X = torch.empty(8, 4096, dtype=torch.bfloat16, device="meta")
+
+
+@triton.jit
+def tile(x_ptr, y_ptr, x_step, BLOCK_F: tl.constexpr, BLOCK_D2: tl.constexpr):
+    at = tl.arange(0, BLOCK_F)[:, None] * 4096 + tl.arange(0, BLOCK_D2)[None, :] * x_step
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+def tile_copy(**blocks):
+    """A copy, an element at a time, of a tile whose size is named as the feed-forward's smallest one is, by 8 warps."""
+    return LaunchRecord(tile, (1,), {"x_ptr": X, "y_ptr": X, "x_step": 2, **blocks}, 8, 1)
 
 
 def product_of(stages):
@@ -177,6 +196,9 @@ def planted_on(target):
         "narrow loads": copy_of(4096, x_step=2),
         "narrow stores": copy_of(4096, y_step=2),
         "narrow and unaligned": copy_of(4096, x_step=2, y_step=2, row=36),
+        "empty": replace(copy_of(4096), kernel=nothing, arguments={"x_ptr": X, "y_ptr": X, "N": 4096}),
+        "small tile": tile_copy(BLOCK_F=16, BLOCK_D2=32),
+        "large tile": tile_copy(BLOCK_F=32, BLOCK_D2=64),
         "product": product_of(stages=2),
         "product with too many stages": product_of(stages=8),
         **({"sound past 2 GiB": copy_of(4096, row=1 << 31)} if amd else {}),
@@ -230,6 +252,23 @@ def test_the_gate_catches_narrow_loads_and_stores_of_aligned_rows_by_argument(pl
     assert (loads["widest_load"], loads["widest_store"]) == (2, 16)
     assert stores["faults"] == ["stores y_ptr 2 bytes at a time, although its rows are aligned to 16"]
     assert (stores["widest_load"], stores["widest_store"]) == (16, 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_gate_catches_a_kernel_whose_body_is_gone(planted, arch):
+    assert planted[arch, "empty"]["faults"] == ["stores nothing: the compiler has lost its body"]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", TARGETS)
+def test_a_tile_of_less_than_16_bytes_a_thread_may_be_loaded_in_what_there_is(planted, arch):
+    """256 threads have 4 bytes each of 16×32 elements, 512 threads (AMD's) 2; of 32×64 16 and 8."""
+    small, large = planted[arch, "small tile"], planted[arch, "large tile"]
+    least = {"gfx942": (2, 8)}.get(arch, (4, 16))
+    assert small["loads"] == {"x_ptr": 2}
+    assert any(fault.startswith("loads x_ptr 2 bytes") for fault in small["faults"]) == (least[0] > 2)
+    assert any(fault.startswith("loads x_ptr 2 bytes") for fault in large["faults"])
 
 
 @needs_triton
