@@ -81,6 +81,7 @@ OPS: dict[tuple[str, str, str], tuple[Goal, ...]] = {
     ("attention", "4x4096x64", "forward"): (_NOT_BEHIND,),
     ("attention", "4x4096x64", "backward"): (_NOT_BEHIND,),
     ("packed_attention", "4x4096x128", "both"): (Goal("vs_mask", at_least=4.0),),
+    ("mlp", "reference", "both"): (Goal("vs_best", at_least=1.3),),
 }
 """By op, size and pass, of the Triton kernel."""
 
