@@ -14,6 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import NAMESPACE, check_first_derivative
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def linear(x: Tensor, weight: Tensor, compute_weight: Tensor | None, gradient_sum: Tensor | None = None) -> Tensor:
     """`x @ weight.T` in the dtype of x; in half precision the gradient of weight is float32, or added to `gradient_sum`, if given.
@@ -21,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, compute_weight: Tensor | None, gradient_su
     compute_weight: weight in the dtype of x, where there is a copy. weight itself may be in half precision, as FSDP gathers it.
     """
     if compute_weight is None:
-        if x.dtype == weight.dtype == torch.float32:
+        if x.dtype == weight.dtype and x.dtype not in HALF:
             return torch.nn.functional.linear(x, weight)
         compute_weight = weight.detach().to(x.dtype)
     return _MixedLinear.apply(x, weight, compute_weight, gradient_sum)
@@ -46,13 +48,15 @@ class _MixedLinear(torch.autograd.Function):
 
 
 def weight_gradient(dy: Tensor, x: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
-    """dy^T x (out, in), of dy (..., out) and x (..., in) in one dtype: None where it is added to `gradient_sum`.
+    """dy^T x (out, in) of dy (..., out) and x (..., in) in one dtype, at least in float32.
 
-    In float32, but for float64, which stays that.
+    In half precision it is added to `gradient_sum`, if given, and None is returned.
     """
-    dy_t, x = dy.flatten(0, -2).T, x.flatten(0, -2)
+    dy_t, x = dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1])
+    if x.dtype not in HALF:
+        return dy_t @ x
     if gradient_sum is None:
-        return dy_t @ x if x.dtype in (torch.float32, torch.float64) else _product(dy_t, x)
+        return _product(dy_t, x)
     add_product(gradient_sum, dy_t, x)
     return None
 

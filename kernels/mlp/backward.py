@@ -36,6 +36,8 @@ def _mlp_backward_kernel(
         gate_up = tl.load(gate_up_ptr + start * 2 + row * (2 * WIDTH) + pair, mask, other=0.0)
         down = load_down(down_weight_ptr + start + cols, cols < left, DIM, WIDTH, BLOCK_D, BLOCK_D2, CHECK)
         dy = dot_down(dout, down)  # [BLOCK_M, BLOCK_F]
+        if CHECK:  # past WIDTH an infinite dout made NaN of zero weights
+            dy = tl.where(cols < left, dy, 0.0)
         gate, up = tl.split(tl.reshape(gate_up.to(tl.float32), [BLOCK_M, BLOCK_F, 2]))
         sigmoid = _sigmoid(gate)
         silu = gate * sigmoid

@@ -49,6 +49,8 @@ def _mlp_forward_kernel(
             )
         gate, up = tl.split(tl.reshape(gate_up, [BLOCK_M, BLOCK_F, 2]))
         y = (gate * _sigmoid(gate) * up).to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_F]
+        if CHECK:  # past WIDTH an infinite x made NaN of zero weights
+            y = tl.where(cols < left, y, 0.0)
         down = load_down(down_weight_ptr + start + cols, cols < left, DIM, WIDTH, BLOCK_D, BLOCK_D2, CHECK)
         out = add_through_down(out, y, down)
     store_rows(out_ptr + first_row * DIM + row * DIM, inside, out, DIM)

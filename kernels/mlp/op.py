@@ -118,6 +118,11 @@ def _check(
         ("compute_weights", compute_weights, x.dtype),
         ("gradient_sums", gradient_sums, torch.float32),
     ):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            came = f"{len(pair)} of them" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
+            raise ValueError(
+                f"mlp: {name} is {came}, wanted a pair of tensors or None: of gate_up_weight, of down_weight"
+            )
         for i, tensor in enumerate(pair):
             if tensor is not None:
                 check_tensor("mlp", f"{name}[{i}]", tensor, shapes[i], (dtype,), x.device)
@@ -161,6 +166,5 @@ def mlp_triton(
     check_usable("mlp", x.device)
     weights = gate_up_weight, down_weight
     copies = [w.detach().to(x.dtype) if c is None else c for w, c in zip(weights, compute_weights, strict=True)]
-    sums = gradient_sums if x.dtype != torch.float32 else (None, None)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-    return _Mlp.apply(x, *weights, *copies, *sums, keep)
+    return _Mlp.apply(x, *weights, *copies, *gradient_sums, keep)

@@ -36,18 +36,30 @@ TILES = {
 
 
 def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target) -> Launch:
-    """A program for each block of rows."""
+    """A program for each block of rows: as many as the table says, halved until the target's shared memory holds them."""
     if target.backend == "interpreter":
         machine = "interpreter"
-    elif itemsize == 4:
+    elif itemsize == 4 or (target.backend == "cuda" and target.arch < 80):
+        itemsize = 4  # before sm_80 Triton uses no tensor core, and multiplies in float32
         machine = "float32"
     elif target.backend == "hip":
         machine = "hip"
     elif 90 <= target.arch < 120:
         machine = "sm_90" if target.arch < 100 else "sm_100"
     else:
-        machine = "sm_80"
-    tile = TILES[kernel][machine]
+        machine = "sm_80"  # and sm_86, sm_89 and sm_120, which multiply like it and have less shared memory
+    block_m, block_f, num_warps = TILES[kernel][machine]
     block_d, block_d2 = head_tiles(dim)  # powers of two that hold a row: 256 + 32 for 288
-    tiles = {"BLOCK_M": tile.block_m, "BLOCK_F": tile.block_f, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
-    return Launch((ceil_div(n_rows, tile.block_m),), tiles, tile.num_warps)
+    if target.backend == "cuda":
+        while block_m > 16 and _shared(block_m, block_f, block_d + block_d2, itemsize) > target.shared_memory:
+            block_m //= 2
+    tiles = {"BLOCK_M": block_m, "BLOCK_F": block_f, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
+    return Launch((ceil_div(n_rows, block_m),), tiles, num_warps)
+
+
+def _shared(block_m: int, block_f: int, width: int, itemsize: int) -> int:
+    """Bytes of shared memory that a program takes at most, where there is least of it: as machine code for sm_75 and sm_86 says.
+
+    Its rows, and their hidden columns on the way to be stored; three blocks of weights, and in some backward kernels one more.
+    """
+    return (block_m * (width + 3 * block_f) + 4 * block_f * width) * itemsize

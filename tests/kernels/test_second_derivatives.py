@@ -26,6 +26,10 @@ def cases():
         "rope": (lambda ops, x: torch.cat(ops.rope(x, cos, sin, 2, 1), 2), (qkv,)),
         "rope_attention": (lambda ops, x: ops.rope_attention(x, cos, sin, 2, 1), (qkv,)),
         "swiglu": (lambda ops, x: ops.swiglu(x), (kt.tensor(3, 8),)),
+        "mlp": (
+            lambda ops, x, w, down: ops.mlp(x, w, down),
+            (kt.tensor(3, 8), kt.tensor(10, 8, seed=1), kt.tensor(8, 5, seed=2)),
+        ),
         "attention": (lambda ops, q, k, v: ops.attention(q, k, v), (q, k, v)),
         "embedding": (lambda ops, w: ops.embedding(TOKENS, w), (kt.tensor(3, 8),)),
         "linear_cross_entropy": (

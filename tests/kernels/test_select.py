@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 import pytest
 from hypothesis import given
@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 import kernels
 from kernels.grammar import LAYER_SWITCHES, OUT_SWITCHES, RUN_SWITCHES, SWITCHES, of_run, parse
 
-OP_NAMES = [field.name for field in fields(kernels.Ops) if field.default is MISSING]
-"""All but rope_attention, which is made of two of them."""
+OP_NAMES = [field.name for field in fields(kernels.Ops) if field.default is MISSING or field.name == "mlp"]
+"""Those that a switch turns; rope_attention and decode_attention follow from them."""
 N_LAYERS = 4
+NEEDS, NEEDED_BY = {"mlp": ("swiglu",)}, {"swiglu": ("mlp",)}
+"""A kernel that has another op in it is turned on with that one's, and off with it."""
 
 
 # -------------------------------------------------------------------------------------------------------------- grammar
@@ -33,9 +35,9 @@ def by_hand(items: list[tuple[str, str | None]], n_layers: int) -> list[set[str]
                 first, _, last = place.partition("-")
                 covered = int(first) <= i <= int(last or first)
             for switch in occurs:
-                if covered and word in ("all", switch):
+                if covered and word in ("all", switch, *NEEDED_BY.get(switch, ())):
                     here.add(switch)
-                elif covered and word in ("none", f"-{switch}"):
+                elif covered and word in ("none", f"-{switch}", *(f"-{other}" for other in NEEDS.get(switch, ()))):
                     here.discard(switch)
     return chosen
 
@@ -60,7 +62,7 @@ def test_a_selection_means_what_its_items_say_in_order(items, blank):
     assert [*parse(spec, N_LAYERS), of_run(spec, N_LAYERS)] == by_hand(items, N_LAYERS)
 
 
-@given(spec=st.text(alphabet="alnoeropsw_igutk@-,0129 \t٣²", max_size=20), n_layers=st.integers(1, 12))
+@given(spec=st.text(alphabet="almnoeropsw_igutk@-,0129 \t٣²", max_size=20), n_layers=st.integers(1, 12))
 def test_any_text_is_a_selection_or_a_value_error(spec, n_layers):
     try:
         chosen = parse(spec, n_layers)
@@ -89,6 +91,16 @@ def test_any_text_is_a_selection_or_a_value_error(spec, n_layers):
         ("all,none@0-2", [set()] * 3, set(OUT_SWITCHES)),
         ("rope,-rope,rope@2", [set(), set(), {"rope"}], set()),
         ("-rope", [set()] * 3, set()),
+        ("mlp", [{"mlp", "swiglu"}] * 3, set()),
+        ("mlp@1", [set(), {"mlp", "swiglu"}, set()], set()),
+        ("swiglu", [{"swiglu"}] * 3, set()),
+        ("mlp,-mlp", [{"swiglu"}] * 3, set()),
+        ("all,-mlp@0", [set(LAYER_SWITCHES) - {"mlp"}] + [set(LAYER_SWITCHES)] * 2, set(OUT_SWITCHES)),
+        ("all,-swiglu", [set(LAYER_SWITCHES) - {"mlp", "swiglu"}] * 3, set(OUT_SWITCHES)),
+        ("mlp,-swiglu@0-1", [set()] * 2 + [{"mlp", "swiglu"}], set()),
+        ("mlp,-swiglu,swiglu@0", [{"swiglu"}, set(), set()], set()),
+        ("-swiglu,mlp", [{"mlp", "swiglu"}] * 3, set()),
+        ("-mlp,swiglu", [{"swiglu"}] * 3, set()),
         (" rope @ 0 - 1 ", [{"rope"}] * 2 + [set()], set()),
         ("rope@00", [{"rope"}, set(), set()], set()),
     ],
@@ -106,7 +118,7 @@ def test_examples(spec, layers, out):
         ("rope, ,swiglu", "empty item"),
         (
             "softmax",
-            "kernels item 'softmax': unknown switch 'softmax'; allowed: all, none, rms_norm, rope, swiglu, attention",
+            "kernels item 'softmax': unknown switch 'softmax'; allowed: all, none, rms_norm, rope, swiglu, attention, mlp",
         ),
         ("add_rms_norm", "unknown switch 'add_rms_norm'"),
         ("Rope", "unknown switch 'Rope'"),
@@ -135,6 +147,7 @@ def test_examples(spec, layers, out):
             "kernels item 'rope@out': rope does not occur at out, which has embedding, linear_cross_entropy, rms_norm",
         ),
         ("-attention@out", "attention does not occur at out"),
+        ("mlp@out", "mlp does not occur at out"),
         (
             "linear_cross_entropy@1",
             f"linear_cross_entropy does not occur at layer 1, which has {', '.join(sorted(LAYER_SWITCHES))}",
@@ -203,10 +216,21 @@ def test_all_is_triton_wherever_an_op_occurs():
 @pytest.mark.parametrize("switch", LAYER_SWITCHES)
 def test_a_switch_turns_its_ops_and_no_other(switch):
     ops = kernels.select(f"{switch}@1", 2)
-    turned = {"rms_norm", "add_rms_norm"} if switch == "rms_norm" else {switch}
+    turned = {"rms_norm", "add_rms_norm"} if switch == "rms_norm" else {switch, *NEEDS.get(switch, ())}
     assert ops[0] == ops[2] == kernels.TORCH
     for op in OP_NAMES:
         assert getattr(ops[1], op) is getattr(kernels.TRITON if op in turned else kernels.TORCH, op)
+
+
+def test_the_feed_forwards_kernel_gives_way_to_another_swiglu():
+    def other(gate_up):
+        raise AssertionError
+
+    assert replace(kernels.TRITON, swiglu=other).mlp is kernels.TORCH.mlp
+    assert replace(kernels.TRITON, swiglu=kernels.TORCH.swiglu).mlp is kernels.TORCH.mlp
+    assert replace(kernels.TRITON, rope=other).mlp is kernels.TRITON.mlp
+    assert replace(kernels.TRITON, swiglu=other, mlp=other).mlp is other
+    assert replace(kernels.TORCH, swiglu=kernels.TRITON.swiglu).mlp is kernels.TORCH.mlp
 
 
 def test_a_switch_of_the_run_turns_no_op():
