@@ -4,7 +4,7 @@ Nothing here knows one op. An op file takes from here
 
 - `triton`, `tl`: the packages, or stand-ins where there is no Triton, so that every op file can be imported anywhere;
 - `register_op`, `wrap_triton`: how a launcher becomes a PyTorch op that `torch.compile` takes into its graph;
-- `Target`, `target_of`, `Launch`: a launch is a value, chosen by a pure function of sizes and target;
+- `Target`, `target_of`, `machine_of`, `Launch`: a launch is a value, chosen by a pure function of sizes and target;
 - `record_launches`: runs launchers on the meta device for any target and lists what they would have launched;
 - `check_tensor`, `check_usable`, `check_first_derivative`: the `ValueError` of bad input, the `RuntimeError` where kernels cannot
   run, or a gradient cannot be differentiated.
@@ -94,6 +94,22 @@ def target_of(tensor: Tensor) -> Target:
     if INTERPRETED:
         return INTERPRETER
     return _device_target(torch.cuda.current_device() if tensor.device.index is None else tensor.device.index)
+
+
+def machine_of(itemsize: int, target: Target) -> str:
+    """The machine whose row of a table of tiles serves a target, for elements of so many bytes.
+
+    `sm_80`, `sm_90`, `sm_100`, `hip`, or `float32`, which has no tensor core on any of them; `interpreter`.
+    """
+    if target.backend == "interpreter":
+        return "interpreter"
+    if itemsize == 4:
+        return "float32"
+    if target.backend == "hip":
+        return "hip"
+    if 90 <= target.arch < 120:
+        return "sm_90" if target.arch < 100 else "sm_100"
+    return "sm_80"  # and sm_86, sm_89 and sm_120, which multiply like it and have less shared memory
 
 
 # --------------------------------------------------------------------------------------------------------------- launch

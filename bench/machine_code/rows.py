@@ -19,7 +19,8 @@ WIDE = 16
 
 
 MEASURED_SPILLS = {("_attention_dkdv_kernel", 128, 90): 64}
-"""Bytes a thread that a kernel may spill at a head dim and an architecture, where a GPU timed it faster than what spills nothing.
+"""Bytes a thread that a kernel may spill at a head dim (None: it has none) and an architecture, where a GPU timed it faster than
+what spills nothing. `bench.ops --tune` prints such lines.
 
 dK and dV at head dim 128 on an H100 (T 4096, 32 and 8 heads): 2.17 ms in tiles of 64×64, 2.55 in tiles of 64×128.
 """

@@ -7,8 +7,8 @@ rest (burst) and after a second of nothing else (sustained, when a GPU is at its
 On a GPU the time is the GPU's own, with cold caches; what Python needs to launch an op is in `bench.step`'s figures.
 Algorithms are deterministic as in training, but for variants that have none such.
 
-`--tune attention` searches better tiles for this GPU instead (`bench/ops/tune.py`). `pytest bench/ --benchmark-only` measures
-the same cases, for pytest-benchmark's tools to compare and draw.
+`--tune attention` and `--tune mlp` search better tiles for this GPU instead (`bench/ops/tune/`). `pytest bench/ --benchmark-only`
+measures the same cases, for pytest-benchmark's tools to compare and draw.
 """
 
 import functools
@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from bench import command
 from bench.measure import GpuInstant, Timing, environment, gpu_flush, time_in_turn, wall_clock, write_json
-from bench.ops import tune
 from bench.ops.catalogue import SHEETS, VARIANTS
 from bench.ops.contender import Contender
 from bench.ops.rows import OpRow, Speed
 from bench.ops.sheet import Case
 from bench.ops.sizes import cut, size
+from bench.ops.tune.report import search_and_show
 from model.flops import Cost
 from training.config import TrainConfig
 from training.device import resolve_device, resolve_dtype, set_determinism
@@ -61,9 +61,9 @@ class OpsBench:
     deterministic: bool = True
     """Deterministic algorithms, as in training."""
     tune: str = ""
-    """An op with a table of tiles (attention): search a better row for this GPU, and print it."""
+    """An op with a table of tiles, attention or mlp: search a better row for this GPU, and print it."""
     json: str = ""
-    """File to write the result to; it grows as sizes are done."""
+    """File to write the result to; it grows as sizes, or tiles, are done."""
 
 
 def measure(options: OpsBench, console: Console) -> dict:
@@ -84,10 +84,7 @@ def measure(options: OpsBench, console: Console) -> dict:
     on_gpu = device.type == "cuda"
     asked = {name: size(name) for name in options.preset}
     if options.tune:
-        result = tune.search_and_show(options.tune, asked, dtype, device, options.repeats, console)
-        if options.json:
-            write_json(options.json, result | {"environment": environment()})
-        return result
+        return search_and_show(options.tune, list(asked), dtype, device, options.repeats, options.json, console)
     if not on_gpu:
         console.print(
             f"no GPU here: what runs on the CPU is timed there, {CPU_TOKENS} tokens at most; the kernels, the peers that need "
@@ -96,8 +93,8 @@ def measure(options: OpsBench, console: Console) -> dict:
     variants = {op: [v for v in SHEETS[op].peers if not options.variants or v in options.variants] for op in ops}
     peers = {v: SHEETS[op].peers[v] for op in ops for v in variants[op]}
     absent = {v: reason for v, peer in peers.items() if (reason := peer.why_absent(device, dtype))}
-    result = {"bench": "ops", "dtype": str(dtype).removeprefix("torch."), "deterministic": options.deterministic}
-    result |= {"absent": absent, "rows": [], "environment": environment()}
+    result: dict[str, Any] = {"bench": "ops", "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"deterministic": options.deterministic, "absent": absent, "rows": [], "environment": environment()}
     ceiling = 0.0
     for op in ops:
         sizes = asked or {name: size(name) for name in (SHEETS[op].sizes if on_gpu else ("smoke",))}

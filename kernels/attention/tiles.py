@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.launch import Target, next_power_of_2
+from kernels.launch import Target, machine_of, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -95,16 +95,7 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
 
 def tile_of(kernel: str, head_dim: int, itemsize: int, target: Target) -> Tile:
     """The table's tile, with fewer stages and then half the rows in flight until the target's shared memory holds it."""
-    if target.backend == "interpreter":
-        machine = "interpreter"
-    elif itemsize == 4:
-        machine = "float32"
-    elif target.backend == "hip":
-        machine = "hip"
-    elif 90 <= target.arch < 120:
-        machine = "sm_90" if target.arch < 100 else "sm_100"
-    else:
-        machine = "sm_80"  # and sm_120, which multiplies like it
+    machine = machine_of(itemsize, target)
     width = sum(head_tiles(head_dim))
     block_m, block_n, num_warps, num_stages = next(
         tile for widest, tile in TILES[kernel][machine].items() if width <= widest

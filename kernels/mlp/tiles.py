@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from kernels.attention.tiles import head_tiles
-from kernels.launch import Launch, Target, ceil_div
+from kernels.launch import Launch, Target, ceil_div, machine_of
 
 
 class Tile(NamedTuple):
@@ -35,26 +35,27 @@ TILES = {
 """Chosen for machine code that spills nothing, and among such for the fewest steps; no GPU has timed them."""
 
 
-def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target) -> Launch:
-    """A program for each block of rows: as many as the table says, halved until the target's shared memory holds them."""
-    if target.backend == "interpreter":
-        machine = "interpreter"
-    elif itemsize == 4 or (target.backend == "cuda" and target.arch < 80):
-        itemsize = 4  # before sm_80 Triton uses no tensor core, and multiplies in float32
-        machine = "float32"
-    elif target.backend == "hip":
-        machine = "hip"
-    elif 90 <= target.arch < 120:
-        machine = "sm_90" if target.arch < 100 else "sm_100"
-    else:
-        machine = "sm_80"  # and sm_86, sm_89 and sm_120, which multiply like it and have less shared memory
-    block_m, block_f, num_warps = TILES[kernel][machine]
-    block_d, block_d2 = head_tiles(dim)  # powers of two that hold a row: 256 + 32 for 288
+def multiplied_itemsize(itemsize: int, target: Target) -> int:
+    """Bytes of an element as the products take it: before sm_80 Triton uses no tensor core, and multiplies in float32."""
+    return 4 if target.backend == "cuda" and target.arch < 80 else itemsize
+
+
+def tile_of(kernel: str, dim: int, itemsize: int, target: Target) -> Tile:
+    """The table's tile, its rows halved until the target's shared memory holds them."""
+    itemsize = multiplied_itemsize(itemsize, target)
+    block_m, block_f, num_warps = TILES[kernel][machine_of(itemsize, target)]
     if target.backend == "cuda":
-        while block_m > 16 and _shared(block_m, block_f, block_d + block_d2, itemsize) > target.shared_memory:
+        while block_m > 16 and _shared(block_m, block_f, sum(head_tiles(dim)), itemsize) > target.shared_memory:
             block_m //= 2
-    tiles = {"BLOCK_M": block_m, "BLOCK_F": block_f, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
-    return Launch((ceil_div(n_rows, block_m),), tiles, num_warps)
+    return Tile(block_m, block_f, num_warps)
+
+
+def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target) -> Launch:
+    """A program for each block of rows."""
+    tile = tile_of(kernel, dim, itemsize, target)
+    block_d, block_d2 = head_tiles(dim)  # powers of two that hold a row: 256 + 32 for 288
+    tiles = {"BLOCK_M": tile.block_m, "BLOCK_F": tile.block_f, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
+    return Launch((ceil_div(n_rows, tile.block_m),), tiles, tile.num_warps)
 
 
 def _shared(block_m: int, block_f: int, width: int, itemsize: int) -> int:

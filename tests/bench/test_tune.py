@@ -1,25 +1,51 @@
+import functools
+import importlib
 import io
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from bench.ops import tune
+from bench.machine_code.rows import faults
 from bench.ops.__main__ import OpsBench, measure
-from bench.ops.sizes import HEADS
-from bench.ops.tune import GRID, PADDED_WIDTHS, Trial, Unfit, as_source, in_table, machine_of, row_with, search
-from kernels.attention.tiles import TILES, Tile, tile_of
-from kernels.launch import INTERPRETED, INTERPRETER, TARGETS
+from bench.ops.tune import report, search
+from bench.ops.tune.report import as_source, search_and_show, table_of
+from bench.ops.tune.search import QUICK_REPEATS, SPILL_LIMIT, Trial, Unfit, nearest_first
+from bench.ops.tune.tables import ATTENTION, MLP, PADDED_WIDTHS, TABLES, row_with
+from kernels.attention.tiles import Tile
+from kernels.launch import INTERPRETED, TARGETS, LaunchRecord, Target
+from kernels.mlp.tiles import Tile as MlpTile
+from kernels.mlp.tiles import launch_of
 from training.config import TrainConfig
+from training.device import set_determinism
 from training.errors import UserError
 
 OLD, FAST, SLOW, SPILLS = Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 32, 4, 2), Tile(128, 128, 4, 3)
+SMALL = {"attention": Tile(16, 16, 4, 1), "mlp": MlpTile(32, 16, 4)}
+IN_USE = {"attention": Tile(64, 64, 4, 1), "mlp": MlpTile(64, 64, 4)}
+"""In the interpreter."""
+KERNELS = [(op, kernel) for op, table in TABLES.items() for kernel in table.kernels]
+CUDA = torch.device("cuda")
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which stands in for a GPU")
 
 
 @pytest.fixture
 def console():
     return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def tables_put_back():
+    """Every table is afterwards what it was, to the last row."""
+    before = {op: {kernel: (row, dict(row)) for kernel, row in table.tiles.items()} for op, table in TABLES.items()}
+    yield
+    for op, machines in before.items():
+        for kernel, (row, content) in machines.items():
+            assert TABLES[op].tiles[kernel] is row
+            assert row == content
 
 
 class Clock:
@@ -41,47 +67,85 @@ class Clock:
 
 
 def test_the_fastest_fit_tile_is_found_and_timed_beside_the_old_one():
-    clock = Clock({OLD: 3e-3, FAST: 2e-3, SLOW: 5e-3, SPILLS: "spills registers"})
-    found = search(OLD, [SLOW, OLD, SPILLS, FAST], clock)
+    clock = Clock({OLD: 3e-3, FAST: 2e-3, SLOW: 5e-3, SPILLS: "spills 68 bytes a thread"})
+    found = search.search(OLD, [SLOW, OLD, SPILLS, FAST], clock)
     assert (found.old, found.new) == (OLD, FAST)
     assert (found.old_us, found.new_us) == pytest.approx((3000, 2000))
-    assert found.unfit == {"(128, 128, 4, 3)": "spills registers"}
+    assert found.tried_us == pytest.approx({str(tuple(t)): 1e6 * clock.seconds[t] for t in (OLD, FAST, SLOW)})
+    assert found.unfit == {"(128, 128, 4, 3)": "spills 68 bytes a thread"}
     assert clock.asked[-1] == ((OLD, FAST), None)
-    assert ((OLD,), tune.QUICK_REPEATS) not in clock.asked
+    assert [asked for asked in clock.asked if asked[0] == (OLD,)] == [((OLD,), QUICK_REPEATS)]
 
 
 def test_the_old_tile_stays_where_none_is_faster_in_the_end():
-    assert search(OLD, [SLOW], Clock({OLD: 3e-3, SLOW: 5e-3})).new == OLD
-    assert search(OLD, [SPILLS], Clock({OLD: 3e-3, SPILLS: "spills registers"})).new == OLD
-    assert search(OLD, [], Clock({OLD: 3e-3})).new_us == pytest.approx(3000)
+    assert search.search(OLD, [SLOW], Clock({OLD: 3e-3, SLOW: 5e-3})).new == OLD
+    assert search.search(OLD, [SPILLS], Clock({OLD: 3e-3, SPILLS: "spills"})).new == OLD
+    assert search.search(OLD, [], Clock({OLD: 3e-3})).new_us == pytest.approx(3000)
+
+    def late(*tiles, repeats=None):  # faster in a few calls, slower in many
+        return {tile: 3e-3 if tile == OLD else 1e-3 if repeats else 4e-3 for tile in tiles}
+
+    assert search.search(OLD, [FAST], late).new == OLD
 
 
-def test_the_grid_is_of_tiles_that_kernels_can_have_and_each_is_there_once():
-    assert len(set(GRID)) == len(GRID) < 100
-    for tile in GRID:
+def test_what_is_nearest_to_the_old_tile_is_tried_first():
+    near, far = Tile(64, 32, 4, 2), Tile(32, 128, 8, 1)
+    assert nearest_first(OLD, [far, SPILLS, SLOW, OLD, FAST, near]) == [OLD, near, SLOW, FAST, SPILLS, far]
+    assert nearest_first(Tile(16, 16, 2, 5), [near]) == [Tile(16, 16, 2, 5), near]  # it need not be in the grid
+
+
+def test_ahead_of_each_tile_it_is_said_what_was_found_until_then():
+    said = []
+    clock = Clock({OLD: 3e-3, FAST: 2e-3, SPILLS: "spills"})
+    search.search(OLD, [SPILLS, FAST], clock, lambda tile, tried, unfit: said.append((tile, len(tried), len(unfit))))
+    assert said == [(OLD, 0, 0), (FAST, 1, 0), (SPILLS, 2, 0)]
+
+
+@pytest.mark.parametrize("op", TABLES)
+def test_the_grid_is_of_tiles_that_kernels_can_have_and_each_is_there_once(op):
+    grid = TABLES[op].grid
+    assert len(set(grid)) == len(grid) < 100
+    for tile in grid:
         assert all(n >= 1 and n & (n - 1) == 0 for n in tile[:3])
-        assert min(tile.block_m, tile.block_n) >= 16
+        assert min(tile[:2]) >= 16
 
 
 # ------------------------------------------------------------------------------------------------------------------ table
 
 
-def test_a_tile_is_put_in_the_table_and_the_table_put_back():
-    before = {kernel: TILES[kernel] for kernel in TILES}
-    with in_table("dq", SLOW):
-        assert tile_of("dq", 128, 2, TARGETS["sm_90"]) == SLOW
-        assert tile_of("dq", 36, 2, TARGETS["gfx942"]) == SLOW
-        assert tile_of("forward", 128, 2, TARGETS["sm_90"]) == TILES["forward"]["sm_90"][128]
-    with pytest.raises(KeyError), in_table("dq", SLOW):
+def test_a_tile_is_put_in_attentions_table_and_the_table_put_back(tables_put_back):
+    def tile_of(kernel, head_dim, target):
+        config = TrainConfig(dim=4 * head_dim, n_heads=4, n_kv_heads=4)
+        return ATTENTION.tile_of(kernel, config, 2, TARGETS[target])
+
+    with ATTENTION.holding("dq", SLOW):
+        assert tile_of("dq", 128, "sm_90") == SLOW
+        assert tile_of("dq", 36, "gfx942") == SLOW
+        assert tile_of("forward", 128, "sm_90") == ATTENTION.tiles["forward"]["sm_90"][128]
+    with pytest.raises(KeyError), ATTENTION.holding("dq", SLOW):
         raise KeyError
-    assert all(TILES[kernel] is table for kernel, table in before.items())
 
 
-def test_the_machine_is_the_one_whose_rows_are_read():
-    found = {name: machine_of(2, target) for name, target in TARGETS.items()}
-    assert found == {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "gfx942": "hip"}
-    assert machine_of(4, TARGETS["sm_90"]) == "float32"
-    assert machine_of(2, INTERPRETER) == "interpreter"
+def test_a_tile_is_put_in_mlps_table_and_the_table_put_back(tables_put_back):
+    tile = MlpTile(32, 16, 16)
+    with MLP.holding("backward", tile):
+        launch = launch_of("backward", 100, 288, 2, TARGETS["sm_90"])
+        assert (launch.grid, launch.tiles["BLOCK_M"], launch.tiles["BLOCK_F"], launch.num_warps) == ((4,), *tile)
+        assert MLP.tile_of("backward", TrainConfig(), 4, TARGETS["gfx942"]) == tile
+        assert MLP.tile_of("forward", TrainConfig(), 2, TARGETS["sm_90"]) == MLP.tiles["forward"]["sm_90"]
+    with pytest.raises(KeyError), MLP.holding("backward", tile):
+        raise KeyError
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90, 100])
+@pytest.mark.parametrize("op", TABLES)
+def test_a_found_row_is_that_of_the_machine_that_is_here(op, arch, tables_put_back):
+    table, target = TABLES[op], Target("cuda", arch, multiprocessors=100, shared_memory=1 << 20)
+    kernel, tile = next(iter(table.kernels)), SMALL[op]
+    machines = table.tiles[kernel] | {table.machine_of(2, target): table.row_of(tile)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(table.tiles, kernel, machines)
+        assert table.tile_of(kernel, TrainConfig(), 2, target) == tile
 
 
 def test_a_new_tile_serves_its_width_and_no_other():
@@ -91,13 +155,14 @@ def test_a_new_tile_serves_its_width_and_no_other():
     assert row_with(row, 64, FAST) == row
     assert row_with(new, 128, FAST) == row
     assert {64, 96, 128, 144, 160} <= set(PADDED_WIDTHS)
+    assert ATTENTION.row_with(row, TrainConfig(dim=256, n_heads=2, n_kv_heads=2), SPILLS) == new
 
 
-def test_a_row_is_printed_as_it_stands_in_the_source():
-    row = {48: OLD, 256: SLOW}
+@pytest.mark.parametrize("row", [{48: OLD, 256: SLOW}, MlpTile(128, 32, 8)], ids=["attention", "mlp"])
+def test_a_row_is_printed_as_it_stands_in_the_source(row):
     source = as_source("sm_90", row)
-    assert source == '"sm_90": {48: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},'
-    assert eval(f"{{{source}}}", {"Tile": Tile}) == {"sm_90": row}
+    assert eval(f"{{{source}}}", {"Tile": lambda *of: of}) == {"sm_90": row}
+    assert source in ('"sm_90": {48: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},', '"sm_90": Tile(128, 32, 8),')
 
 
 # ------------------------------------------------------------------------------------------------------------------ trial
@@ -107,115 +172,283 @@ def test_a_row_is_printed_as_it_stands_in_the_source():
 def no_gpu_needed(monkeypatch):
     """The interpreter stands in for the GPU: its clock, no cache to flush, and registers without end."""
     seconds = iter(range(10_000))
-    monkeypatch.setattr(tune, "GpuInstant", lambda: next(seconds))
-    monkeypatch.setattr(tune, "gpu_flush", lambda device: lambda: None)
-    monkeypatch.setattr(tune, "forget_compiled", lambda kernel: None)
-    monkeypatch.setattr(tune, "spills", lambda kernel: False)
+    monkeypatch.setattr(search, "GpuInstant", lambda: next(seconds))
+    monkeypatch.setattr(search, "gpu_flush", lambda device: lambda: None)
+    monkeypatch.setattr(search, "forget_compiled", lambda kernel: None)
+    monkeypatch.setattr(search, "spilled_bytes", lambda kernel: 0)
 
 
-def trial_of(kernel):
-    config = TrainConfig(max_seq_len=40, batch_size=1, dim=32, n_heads=2, n_kv_heads=1)
-    return Trial(kernel, config, torch.float32, torch.device("cpu"), repeats=1)
+def trial_of(op, kernel):
+    config = TrainConfig(max_seq_len=40, batch_size=1, dim=32, n_heads=2, n_kv_heads=1, ffn_dim=24)
+    return Trial(TABLES[op], kernel, config, torch.float32, torch.device("cpu"), repeats=1)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which stands in for a GPU")
-@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
-def test_a_trial_runs_a_kernel_under_the_tiles_it_is_given(kernel, no_gpu_needed, monkeypatch):
-    trial = trial_of(kernel)
-    assert (trial.machine, trial.old) == ("interpreter", Tile(64, 64, 4, 1))
+@needs_interpreter
+@pytest.mark.parametrize(("op", "kernel"), KERNELS)
+def test_a_trial_runs_a_kernel_under_the_tiles_it_is_given(op, kernel, no_gpu_needed, monkeypatch, tables_put_back):
+    trial = trial_of(op, kernel)
+    assert (trial.machine, trial.old) == ("interpreter", IN_USE[op])
     tried = []
     original = trial._contender.run
     monkeypatch.setattr(trial._contender, "run", lambda d: tried.append((d, trial._tile())) or original(d))
-    other = Tile(16, 16, 4, 1)
+    other = SMALL[op]
     assert trial.seconds_of(trial.old, other, repeats=2) == {trial.old: 1, other: 1}
     direction = "forward" if kernel == "forward" else "backward"
     assert tried == [(direction, trial.old), (direction, other)] * 4  # two rounds of warm-up
     assert trial._tile() == trial.old
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which stands in for a GPU")
+@needs_interpreter
 def test_a_tile_that_does_not_fit_or_does_not_run_is_refused_with_the_reason(no_gpu_needed, monkeypatch):
     def fail():
         raise ValueError("arange\nlong story")
 
-    trial = trial_of("forward")
+    trial = trial_of("attention", "forward")
     with pytest.raises(Unfit, match="wants more shared memory than there is"):
         trial.seconds_of(Tile(128, 128, 4, 300))
-    monkeypatch.setattr(trial, "_results", fail)
-    with pytest.raises(Unfit, match=r"^ValueError: arange$"):
-        trial.seconds_of(Tile(16, 16, 4, 1))
+    for op in TABLES:
+        trial = trial_of(op, "forward")
+        monkeypatch.setattr(trial, "_run_anew", fail)
+        with pytest.raises(Unfit, match=r"^ValueError: arange$"):
+            trial.seconds_of(SMALL[op])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which stands in for a GPU")
-def test_a_tile_that_spills_or_computes_something_else_is_refused(no_gpu_needed, monkeypatch):
-    trial = trial_of("forward")
-    trial._expected = [1.05 * x for x in trial._expected]
+class Planted:
+    """A kernel that in small tiles does another thing than in large ones."""
+
+    def __init__(self, kernel, small):
+        self.kernel, self.small = kernel, small
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            sound = functools.partial(self.kernel[grid], **arguments)
+            return sound() if arguments["BLOCK_M"] > 32 else self.small(sound, arguments)
+
+        return launch
+
+
+def scaling(argument):
+    """Computes what it should, but for one argument."""
+
+    def small(sound, arguments):
+        sound()
+        arguments[argument].mul_(1.1)
+
+    return small
+
+
+def writing_nothing(argument):
+    """Does nothing, in memory where an earlier call left the right result unless what is fresh was filled."""
+
+    def small(sound, arguments):
+        if not arguments[argument].isnan().all():
+            sound()
+
+    return small
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("op", "kernel", "small"),
+    [
+        ("attention", "forward", scaling("o_ptr")),
+        ("attention", "forward", scaling("lse_ptr")),  # which shows in the gradients alone
+        ("attention", "dq", scaling("dq_ptr")),
+        ("attention", "dkdv", scaling("dv_ptr")),
+        ("attention", "dkdv", writing_nothing("dk_ptr")),
+        ("mlp", "forward", scaling("out_ptr")),
+        ("mlp", "forward", scaling("gate_up_ptr")),
+        ("mlp", "forward", writing_nothing("out_ptr")),
+        ("mlp", "backward", scaling("dgate_up_ptr")),
+        ("mlp", "backward", scaling("y_ptr")),
+        ("mlp", "backward", scaling("dx_ptr")),
+        ("mlp", "backward", writing_nothing("dx_ptr")),
+    ],
+)
+def test_a_tile_that_computes_something_else_is_refused(
+    op, kernel, small, no_gpu_needed, monkeypatch, determinism_put_back
+):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    set_determinism(True)  # as bench.ops does
+    trial = trial_of(op, kernel)
+    module = importlib.import_module(f"kernels.{op}.{'forward' if kernel == 'forward' else 'backward'}")
+    name = f"_{op}_{kernel}_kernel"
+    monkeypatch.setattr(module, name, Planted(getattr(module, name), small))
     with pytest.raises(Unfit, match="computes something else"):
-        trial.seconds_of(Tile(16, 16, 4, 1))
-    trial._expected = [torch.full_like(x, torch.nan) for x in trial._expected]
-    with pytest.raises(Unfit, match="computes something else"):
-        trial.seconds_of(Tile(16, 16, 4, 1))
-    monkeypatch.setattr(tune, "spills", lambda kernel: True)
-    with pytest.raises(Unfit, match="spills registers"):
-        trial.seconds_of(Tile(16, 16, 4, 1))
+        trial.seconds_of(SMALL[op])
+    assert trial.seconds_of(trial.old) == {trial.old: 1}
 
 
-def test_spills_are_those_of_what_was_launched_since(monkeypatch):
+@needs_interpreter
+def test_fresh_memory_is_filled_only_while_a_tile_is_checked(no_gpu_needed, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    trial = trial_of("mlp", "forward")
+    during = []
+    monkeypatch.setattr(
+        trial._contender, "run", lambda _: during.append(torch.utils.deterministic.fill_uninitialized_memory)
+    )
+    trial.seconds_of(SMALL["mlp"])
+    assert during
+    assert not any(during)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("op", "kernel"), [("attention", "forward"), ("mlp", "backward")])
+def test_a_tile_may_spill_a_few_bytes_and_no_more(op, kernel, no_gpu_needed, monkeypatch):
+    trial, tile = trial_of(op, kernel), SMALL[op]
+    monkeypatch.setattr(search, "spilled_bytes", lambda kernel: SPILL_LIMIT + 4)
+    with pytest.raises(Unfit, match="spills 68 bytes a thread"):
+        trial.seconds_of(tile)
+    monkeypatch.setattr(search, "spilled_bytes", lambda kernel: SPILL_LIMIT)
+    assert trial.seconds_of(tile) == {tile: 1}
+    assert trial.spilled == {trial.old: 0, tile: 64}
+
+
+def test_spilled_bytes_are_those_of_what_was_launched_since():
     def compiled(n_spills):
         return SimpleNamespace(n_spills=n_spills)
 
     kernel = SimpleNamespace(device_caches={0: ({"old": compiled(8)}, "target")})
-    monkeypatch.setitem(tune.KERNELS, "dq", kernel)
-    assert tune.spills("dq")
-    tune.forget_compiled("dq")
+    assert search.spilled_bytes(kernel) == 32  # Triton counts registers
+    search.forget_compiled(kernel)
+    assert search.spilled_bytes(kernel) == 0
     kernel.device_caches[0] = ({"a": compiled(0)}, "target")
-    assert not tune.spills("dq")
-    kernel.device_caches[1] = ({"b": compiled(0), "c": compiled(4)}, "target")
-    assert tune.spills("dq")
+    assert search.spilled_bytes(kernel) == 0
+    kernel.device_caches[1] = ({"b": compiled(1), "c": compiled(4)}, "target")
+    assert search.spilled_bytes(kernel) == 16
 
 
 # ---------------------------------------------------------------------------------------------------------------- command
 
+BEST = {"attention": Tile(32, 32, 4, 1), "mlp": MlpTile(64, 32, 4)}
+
 
 class FakeTrial:
-    """An H100 on which a kernel of half the table's rows of queries, with four warps, takes half the time."""
+    """An H100 on which one tile of the grid takes half the time of all others, and spills."""
 
-    machine = "sm_90"
+    machine, arch = "sm_90", 90
+    stop_at = None
 
-    def __init__(self, kernel, config, dtype, device, repeats):
-        self.old = tile_of(kernel, config.head_dim, dtype.itemsize, TARGETS["sm_90"])
+    def __init__(self, table, kernel, config, dtype, device, repeats):
+        self.best = BEST[table.op]
+        self.kernel = kernel
+        self.old = table.tile_of(kernel, config, dtype.itemsize, TARGETS["sm_90"])
         self.direction = "forward" if kernel == "forward" else "backward"
+        self.spilled = dict.fromkeys(table.grid, 0) | {self.old: 0, self.best: 24 if kernel == "backward" else 0}
 
     def seconds_of(self, *tiles, repeats=None):
-        return {tile: 1e-3 if tile == Tile(32, 32, 4, 1) else 2e-3 for tile in tiles}
+        if self.stop_at == (self.kernel, tiles[0]):
+            raise KeyboardInterrupt
+        if tiles == (MlpTile(128, 64, 16),):
+            raise Unfit("spills 440 bytes a thread")
+        return {tile: 1e-3 if tile == self.best else 2e-3 for tile in tiles}
 
 
-def test_times_of_old_and_new_and_rows_to_paste_are_shown(console, monkeypatch):
-    monkeypatch.setattr(tune, "Trial", FakeTrial)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    before = {kernel: dict(TILES[kernel]["sm_90"]) for kernel in TILES}
-    cuda = torch.device("cuda")
-    result = tune.search_and_show("attention", {}, torch.bfloat16, cuda, 5, console)
-    assert {kernel: TILES[kernel]["sm_90"] for kernel in TILES} == before
+@pytest.fixture
+def h100(monkeypatch):
+    monkeypatch.setattr(report, "Trial", FakeTrial)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    monkeypatch.setattr(report, "environment", lambda: {"gpu": "H100"})
+
+
+def tune(op, console, json="", sizes=()):
+    return search_and_show(op, list(sizes), torch.bfloat16, CUDA, 5, json, console)
+
+
+def test_times_of_old_and_new_and_rows_to_paste_are_shown_for_attention(console, h100, tables_put_back):
+    result = tune("attention", console)
     assert [(row["size"], row["kernel"]) for row in result["rows"]] == [
-        (size, kernel) for size in (*HEADS, "reference") for kernel in ("forward", "dq", "dkdv")
+        (size, kernel) for size in ("4x4096x128", "4x4096x64", "reference") for kernel in ("dkdv", "dq", "forward")
     ]
     assert {(row["old_us"], row["new_us"], row["new"]) for row in result["rows"]} == {(2000, 1000, (32, 32, 4, 1))}
     shown = console.file.getvalue()
     assert shown.count("2.00x") == 9
-    tuned = "Tile(32, 32, 4, 1)"
-    assert 'forward  "sm_90": {' in shown
-    assert f"64: {tuned}" in shown
-    assert f"128: {tuned}" in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("dkdv"))
+    row = eval(f"{{{line.removeprefix('dkdv')}}}", {"Tile": Tile})["sm_90"]
+    served = [width for width, tile in row.items() if tile == BEST["attention"]]
+    assert served == [64, 128]  # 64 serves 48 as well, of head dim 36
+    assert row[256] == ATTENTION.tiles["dkdv"]["sm_90"][256]
+    assert "kernels/attention/tiles.py" in shown
+    assert "MEASURED_SPILLS" not in shown
+
+
+def test_times_of_old_and_new_and_rows_to_paste_are_shown_for_mlp(console, h100, tables_put_back):
+    result = tune("mlp", console)
+    assert [(row["size"], row["kernel"]) for row in result["rows"]] == [
+        ("reference", "backward"),
+        ("reference", "forward"),
+    ]
+    for row in result["rows"]:
+        assert row["unfit"] == {"(128, 64, 16)": "spills 440 bytes a thread"}
+        assert len(row["tried_us"]) == 26
+        assert row["paste"] == '"sm_90": Tile(64, 32, 4),'
+    shown = console.file.getvalue()
+    assert shown.count("1 of 27") == 2
+    assert "For TILES in kernels/mlp/tiles.py:\n" in shown
+    assert 'backward "sm_90": Tile(64, 32, 4),\n' in shown
+    assert 'forward  "sm_90": Tile(64, 32, 4),\n' in shown
+
+
+def test_a_tile_that_spills_comes_with_a_line_for_the_gate(console, h100, monkeypatch):
+    backward, forward = tune("mlp", console)["rows"]
+    assert backward["spilled_bytes"] == 24
+    assert "spilled_bytes" not in forward
+    shown = console.file.getvalue()
+    heading, line = shown.splitlines()[-2:]
+    assert "MEASURED_SPILLS in bench/machine_code/rows.py" in heading
+    assert line == backward["gate"] == '("_mlp_backward_kernel", None, 90): 24,'
+
+    launched = LaunchRecord(MLP.kernels["backward"], (1,), {}, num_warps=8, num_stages=2)
+    code = SimpleNamespace(stack=24, shared=0, registers=255, loads={}, stores={}, widest_store=16)
+    assert faults(code, launched, TARGETS["sm_90"]) == ["spills: 24 bytes a thread, at 255 registers"]
+    monkeypatch.setattr("bench.machine_code.rows.MEASURED_SPILLS", eval(f"{{{line}}}"))
+    assert faults(code, launched, TARGETS["sm_90"]) == []
+
+
+def test_what_was_found_survives_a_stop(tmp_path, console, h100, monkeypatch, tables_put_back):
+    path, tile = tmp_path / "tune.json", MlpTile(32, 32, 8)
+    monkeypatch.setattr(FakeTrial, "stop_at", ("forward", tile))
+    with pytest.raises(KeyboardInterrupt):
+        tune("mlp", console, str(path))
+    written = json.loads(path.read_text())
+    assert (written["bench"], written["op"], written["environment"]) == ("tune", "mlp", {"gpu": "H100"})
+    assert [(row["kernel"], row["new"]) for row in written["rows"]] == [("backward", [64, 32, 4])]
+    under_way = written["under_way"]
+    assert (under_way["size"], under_way["kernel"], under_way["tile"]) == ("reference", "forward", [32, 32, 8])
+    assert under_way["tried_us"]["(128, 32, 8)"] == 2000
+    shown = console.file.getvalue()
+    assert 'backward "sm_90": Tile(64, 32, 4),\n' in shown
+    assert "forward  " not in shown
+
+    monkeypatch.setattr(FakeTrial, "stop_at", None)
+    result = tune("mlp", console, str(path))
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert "under_way" not in result
+
+
+def test_the_first_tile_of_all_is_in_the_file_before_it_is_tried(tmp_path, console, h100, monkeypatch):
+    monkeypatch.setattr(FakeTrial, "stop_at", ("backward", MLP.tiles["backward"]["sm_90"]))
+    with pytest.raises(KeyboardInterrupt):
+        tune("mlp", console, str(tmp_path / "tune.json"))
+    assert json.loads((tmp_path / "tune.json").read_text())["under_way"]["kernel"] == "backward"
+    assert console.file.getvalue() == ""
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tune": "swiglu"}, "--tune is 'swiglu'; allowed: attention"),
+        ({"tune": "swiglu"}, "--tune is 'swiglu'; allowed: attention, mlp, the ops with a table of tiles"),
         ({"tune": "attention", "device": "cpu"}, "--tune attention needs a GPU, and the device is cpu"),
+        ({"tune": "mlp", "device": "cpu"}, "--tune mlp needs a GPU, and the device is cpu"),
+        ({"tune": "mlp", "preset": ["124m"]}, "--preset is '124m', a size that --tune mlp has no kernel for"),
+        ({"tune": "mlp", "preset": ["reference", "smoke"]}, "--preset is reference smoke; --tune mlp takes one, as"),
     ],
 )
 def test_mistakes_are_named(console, determinism_put_back, options, message):
     with pytest.raises(UserError, match=message):
         measure(OpsBench(**options), console)
+
+
+def test_attention_is_searched_at_any_number_of_sizes():
+    assert table_of("attention", ["reference", "124m"], CUDA) is ATTENTION
+    assert table_of("mlp", ["smoke"], CUDA) is MLP

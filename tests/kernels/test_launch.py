@@ -203,6 +203,15 @@ def test_dense_rows_copies_only_what_cannot_be_viewed():
     assert launch.dense_rows(x[0, 0].expand(6, 8)).stride() == (0, 1)  # a broadcast row stays one
 
 
+def test_the_machine_is_the_one_whose_tiles_are_measured_or_most_like_it():
+    found = {name: launch.machine_of(2, target) for name, target in TARGETS.items()}
+    assert found == {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "gfx942": "hip"}
+    assert {launch.machine_of(4, target) for target in TARGETS.values()} == {"float32"}
+    assert launch.machine_of(4, launch.INTERPRETER) == launch.machine_of(2, launch.INTERPRETER) == "interpreter"
+    others = {arch: launch.machine_of(2, launch.Target("cuda", arch, 1, 1)) for arch in (75, 89, 103, 120)}
+    assert others == {75: "sm_80", 89: "sm_80", 103: "sm_100", 120: "sm_80"}
+
+
 def test_warps_count_threads_not_elements():
     nvidia, amd = TARGETS["sm_90"], TARGETS["gfx942"]
     assert [launch.warps_for(n, 16, nvidia) for n in (1, 512, 2048, 2**20)] == [1, 1, 4, 16]
