@@ -1,24 +1,18 @@
 """The first value that is not finite is named by op, layer and direction, and the kernel or the mathematics blamed for it."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 
 import kernels
 from tests.support import kernel_testing as kt
+from tests.support.explain_testing import FEW, explained, plant
 from tests.support.run_testing import TINY, arguments, finish, records, start_many
 from tests.support.step_testing import make_trainer, micro_batches
-from training.step.explain import explain
 from training.step.optimizer import LossScale
 from training.step.trainer import Trainer
 from training.step.watch import watching
-
-
-def explained(trainer: Trainer) -> str:
-    batches = micro_batches(0)
-    return "\n".join(explain(trainer, batches, sum(t.numel() for _, t, _ in batches)))
 
 
 class Wrong(torch.autograd.Function):
@@ -40,12 +34,6 @@ class Wrong(torch.autograd.Function):
             (gradient,) = torch.autograd.grad(kernels.TORCH.swiglu(leaf), leaf, dy)
         gradient[0, 3, 5] /= 0.0 if ctx.backward else 1.0
         return gradient, None
-
-
-def plant(trainer: Trainer, layer: int, **ops) -> None:
-    """Give one layer other ops."""
-    model = trainer.model
-    model.ops = tuple(replace(of, **ops) if place == layer else of for place, of in enumerate(model.ops))
 
 
 @pytest.mark.parametrize(
@@ -124,11 +112,12 @@ def test_a_parameter_that_its_copy_cannot_hold_is_named():
         (torch.float32, "none", "full"),
         (torch.float16, "none", "none"),
         (torch.float16, "all,-rope", "none"),
+        (torch.float16, "all,-mlp", "none"),
     ],
 )
 def test_what_is_watched_computes_to_the_bit_as_ever_and_is_put_back(dtype, spec, recompute):
     trainer = make_trainer(dtype, spec, device=kt.DEVICE, recompute=recompute)
-    batches = micro_batches(0, count=1, rows=2, length=16)
+    batches = micro_batches(0, **FEW)
     ops = trainer.model.ops
     loss, sights = trainer.replay(batches, 32), []
     gradients = trainer.flat.gradients.clone()
@@ -137,9 +126,11 @@ def test_what_is_watched_computes_to_the_bit_as_ever_and_is_put_back(dtype, spec
     assert torch.equal(trainer.flat.gradients, gradients)
     assert trainer.model.ops == ops
     seen = {(sight.call.layer, sight.call.op, sight.direction) for sight in sights if sight.gives}
-    in_layers = {"wqkv", "rope", "attention", "wo", "add_rms_norm", "w_gate_up", "swiglu", "w_down"}
+    in_layers = {"wqkv", "wo", "add_rms_norm"}
+    in_layers |= {"rope_attention"} if spec == "all,-mlp" else {"rope", "attention"}
+    in_layers |= {"mlp"} if spec == "all,-rope" else {"w_gate_up", "swiglu", "w_down"}
     for direction in ("forward", "backward"):
-        assert {(1, op, direction) for op in in_layers} <= seen
+        assert {(1, op, direction) for op in in_layers} == {place for place in seen if place[::2] == (1, direction)}
     assert {
         (0, "rms_norm", "forward"),
         ("out", "embedding", "forward"),
@@ -217,7 +208,8 @@ def test_explaining_changes_no_loss(run, tmp_path, monkeypatch):
 
 ONE_DIVIDES = """
 import os, train
-from tests.training.test_explain import Wrong, plant
+from tests.support.explain_testing import plant
+from tests.training.test_explain import Wrong
 from training.step.trainer import Trainer
 swiglu, set_up = lambda gate_up: Wrong.apply(gate_up, False), Trainer._set_up
 def set_up_and_plant(self, *given):
@@ -249,6 +241,7 @@ def test_of_many_processes_the_one_whose_op_it_is_is_named(tmp_path, text, paral
 
 OF_SHARES = """
 import torch
+from tests.support.explain_testing import assert_watching_changes_no_bit
 from tests.support.step_testing import TINY, micro_batches
 from training.config import TrainConfig
 from training.distributed import joined
@@ -265,6 +258,8 @@ def explained(world, scale, **options):
     if scale == 1.0:
         for product in ("wqkv", "wo"):
             trainer.here(getattr(trainer.model.layers[0], product).weight).mul_(5e4)
+    if "activation_checkpointing" in options:
+        assert_watching_changes_no_bit(trainer, micro_batches(world.rank, 1))
     lines = explain(trainer, micro_batches(world.rank, 1), 256)
     if world.is_main:
         print(*lines, "", sep="\\n")
@@ -274,6 +269,7 @@ with joined(TrainConfig(**TINY, gradient_accumulation_steps=2, device="cpu")) as
     explained(world, 1.0)
     explained(world, 2.0)
     explained(world, 2.0**40, tie_embeddings=False, activation_checkpointing="full")
+    explained(world, 4.0, activation_checkpointing="selective")
 """
 
 

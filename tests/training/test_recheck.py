@@ -1,5 +1,6 @@
 """A step that is made twice has the same bits twice; where it has not the run stops, and says what differed and where."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 import kernels
+import kernels.mlp.op
 from tests.support import kernel_testing as kt
 from tests.support.run_testing import TINY as RUN
 from tests.support.run_testing import arguments, finish, records, start_many
-from tests.support.step_testing import TINY, make_trainer, micro_batches
+from tests.support.step_testing import TINY, make_trainer, micro_batches, to_device
 from training.checkpoint import files as checkpoint
 from training.config import TrainConfig
 from training.distributed import World
@@ -108,6 +110,38 @@ def test_of_a_captured_step_the_gradient_that_differs_first_is_named():
         take(step)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("kernel", "result", "differs"),
+    [
+        ("_mlp", 0, "forward, out"),
+        ("_mlp_backward", 0, "backward, gradient of gate_up_weight"),
+        ("_mlp_backward", 1, "backward, gradient of down_weight"),
+        ("_mlp_backward", 2, "backward, gradient of x"),
+    ],
+)
+def test_whatever_the_feed_forward_s_kernel_gets_wrong_once_is_named(monkeypatch, dtype, kernel, result, differs):
+    """Gradients that go past autograd, as those of matrices do in half precision, as well."""
+    made, calls = getattr(kernels.mlp.op, kernel), itertools.count(1)
+
+    def wrong_once(*given):
+        results = made(*given)
+        if next(calls) == (4 if kernel == "_mlp" else 3):  # layer 1 of the second micro-batch of the first making
+            x = results[result]
+            bits, bit = {4: (torch.int32, 1 << 20), 2: (torch.int16, 1 << 8)}[x.element_size()]
+            x.view(bits)[-1, -1, -1] ^= bit
+        return results
+
+    monkeypatch.setattr(kernels.mlp.op, kernel, wrong_once)
+    trainer = make_trainer(dtype, "mlp", device=kt.DEVICE)
+    step = Rechecked(TrainConfig(**TINY, check_steps=1), trainer, Progress(step=8), World())
+    with pytest.raises(StepDiffersError) as found:
+        step.step(to_device(micro_batches(0, count=2, rows=1, length=16)), 32, 1e-3)
+    where = rf"first in layer 1, mlp, {differs} \(call 2\), after .* \(call 2\) agreed"
+    verdict = "a third one agrees with the other: the first was wrong, once"
+    assert re.search(f"; {where}; {verdict}; ", str(found.value)), found.value
+
+
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -115,6 +149,7 @@ def test_of_a_captured_step_the_gradient_that_differs_first_is_named():
         (torch.float16, {}),
         (torch.float32, {"optimizer": "muon"}),
         (torch.float16, {"spec": "adamw", "kernels": "adamw"}),
+        (torch.float16, {"spec": "mlp"}),
     ],
 )
 def test_a_step_that_was_made_twice_is_the_step(dtype, options):

@@ -179,10 +179,17 @@ def _kept(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call, copied: what FSDP gathers is freed after its layer's pass, and reading it then is a fault."""
 
     def copied(x: Any) -> Any:
-        floats = isinstance(x, Tensor) and x.is_floating_point()
-        return x.detach().clone().requires_grad_(x.requires_grad) if floats else x
+        return _copy(x, x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     return {name: copied(x) for name, x in arguments.items() if name not in SUMS}
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values as a tensor of its own, which wants a gradient if x does, and in the dtype in which x does."""
+    copy = x.detach().clone().to(dtype).requires_grad_(x.requires_grad)
+    if x.is_leaf and dtype == x.dtype:
+        copy.grad_dtype = x.grad_dtype
+    return copy
 
 
 def _lines(found: _Found, trainer: Trainer) -> list[str]:
@@ -193,15 +200,21 @@ def _lines(found: _Found, trainer: Trainer) -> list[str]:
         lines.append(f"the largest magnitudes that it is given: {found.given}")
     if found.before:
         lines.append(f"and before that: {'; '.join(found.before)}")
-    return [*lines, *_blame(sight, trainer)] if sight.gives else lines
+    return [*lines, *_blame(found, trainer)] if sight.gives else lines
 
 
-def _blame(sight: Sight, trainer: Trainer) -> list[str]:
+def _blame(found: _Found, trainer: Trainer) -> list[str]:
     """Whether the kernel or the mathematics did it: by the twin, and by float64."""
-    call, place = sight.call, f"{sight.call.op}@{sight.call.layer}"
+    sight, call = found.sight, found.sight.call
+    place = f"{call.op}@{call.layer}"
+
+    def again(function: Callable, double: bool = False) -> list[Tensor]:
+        results = _again(function, sight, double)
+        return [results[found.name]] if found.name in results else list(results.values())
+
     twin = None if call.op in PRODUCTS else getattr(TORCH, call.op)
     if twin is not None and call.function is not twin:
-        results = _again(twin, sight)
+        results = again(twin)
         if not any(map(_bad, results)):
             switch = {"add_rms_norm": "rms_norm", "rope_attention": "attention"}.get(call.op, call.op)
             return [
@@ -211,22 +224,21 @@ def _blame(sight: Sight, trainer: Trainer) -> list[str]:
         lines = [f"its torch twin gives the same kind of values: what {place} is given is to blame, and not its kernel"]
     else:
         lines = []
-    exact = max(map(_largest, _again(_in_float64(call), sight, double=True)))
-    dtype = trainer.model.compute_dtype
+    exact = max(map(_largest, again(_in_float64(call), double=True)))
+    dtype, computed = found.tensor.dtype, trainer.model.compute_dtype
     limit = torch.finfo(dtype).max
+    if not exact < torch.inf:
+        return [*lines, "in float64 it is not finite either"]
     if exact <= limit:
-        return [
-            *lines,
-            f"in float64 it is finite, up to {exact:.3g}: what {_name(dtype)} rounds or cannot hold on the way is to blame",
-        ]
-    if exact < torch.inf:
+        on_the_way = f"what {_name(computed)} rounds or cannot hold on the way is to blame"
+        lines.append(f"in float64 it is finite, up to {exact:.3g}: {on_the_way}")
+    else:
         lines.append(f"in float64 it is up to {exact:.3g}, more than {_name(dtype)} holds ({limit:.3g})")
-        if sight.backward and trainer.loss_scale.enabled:
-            lines.append(
-                "the loss scale of the step made it so large, and has been halved since, as float16 needs now and then"
-            )
-        return lines
-    return [*lines, "in float64 it is not finite either"]
+    if sight.backward and trainer.loss_scale.enabled:
+        lines.append(
+            "the loss scale of the step made it so large, and has been halved since, as float16 needs now and then"
+        )
+    return lines
 
 
 def _in_float64(call: Call) -> Callable:
@@ -234,8 +246,11 @@ def _in_float64(call: Call) -> Callable:
 
 
 @torch.enable_grad()
-def _again(function: Callable, sight: Sight, double: bool = False) -> list[Tensor]:
-    """What a function makes of a call's arguments: its results, or where the sight is of a backward pass their gradients."""
+def _again(function: Callable, sight: Sight, double: bool = False) -> dict[str, Tensor]:
+    """What a function makes of a call's arguments: its results, or where the sight is of a backward pass their gradients.
+
+    By the names that the sight has for them.
+    """
     arguments = dict(sight.call.arguments)
     if double:
         compute_weight = arguments.pop("compute_weight", None)
@@ -248,19 +263,22 @@ def _again(function: Callable, sight: Sight, double: bool = False) -> list[Tenso
         arguments = {name: torch.float64 if isinstance(x, torch.dtype) else x for name, x in arguments.items()}
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.is_floating_point() and name != "scale":
-            copy = x.detach().to(torch.float64) if double else x.detach().clone()
-            arguments[name] = copy.requires_grad_(x.requires_grad)
+            arguments[name] = _copy(x, torch.float64 if double else x.dtype)
     result = function(**arguments)
-    outputs = [result] if isinstance(result, Tensor) else list(result)
-    if not sight.backward:
-        return [y.detach() for y in outputs]
     names, upstream = OUTPUTS.get(sight.call.op, ("y",)), sight.call.upstream
-    used = {name: y for name, y in zip(names, outputs, strict=True) if name in upstream}
-    wanted = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]
+    outputs = dict(zip(names, [result] if isinstance(result, Tensor) else result, strict=True))
+    if not sight.backward:
+        return {name: y.detach() for name, y in outputs.items()}
+    used = {name: y for name, y in outputs.items() if name in upstream}
+    wanted = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}
     gradients = torch.autograd.grad(
-        list(used.values()), wanted, [upstream[name].to(y.dtype) for name, y in used.items()], allow_unused=True
+        list(used.values()),
+        list(wanted.values()),
+        [upstream[name].to(y.dtype) for name, y in used.items()],
+        allow_unused=True,
     )
-    return [gradient for gradient in gradients if gradient is not None]
+    of = zip(wanted, gradients, strict=True)
+    return {f"gradient of {name}": gradient for name, gradient in of if gradient is not None}
 
 
 def _not_again(config: TrainConfig, trainer: Trainer) -> str:
