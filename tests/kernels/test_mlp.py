@@ -13,6 +13,7 @@ from kernels.launch import INTERPRETED
 from kernels.linear import linear
 from kernels.mlp import op as mlp_op
 from kernels.mlp.op import mlp_serves, mlp_torch, mlp_triton, on_any_rows
+from kernels.mlp.tiles import TILES, Tile
 from tests.support import kernel_testing as kt
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -225,9 +226,16 @@ def test_weights_of_any_strides(layout):
     kt.assert_same_bits(actual[0] + actual[1], dense[0] + dense[1])
 
 
-def test_offsets_past_two_to_the_31_elements_do_not_wrap():
+@pytest.mark.parametrize(
+    "rows_of_a_program",
+    [None, pytest.param(1, marks=pytest.mark.skipif(not INTERPRETED, reason="a GPU multiplies tiles"))],
+)
+def test_offsets_past_two_to_the_31_elements_do_not_wrap(monkeypatch, rows_of_a_program):
+    if rows_of_a_program:  # then it is the offset of a program that is so large, and else of a row within it
+        for table in TILES.values():
+            monkeypatch.setitem(table, "interpreter", Tile(rows_of_a_program, 64, 4))
     (x, *weights), dout = case(3, 36, 18, FP16)
-    x, dout = x.detach(), dout.detach()
+    x = x.detach()
     far = kt.run(mlp_triton, kt.differentiable(kt.far_apart(x), *weights), [kt.far_apart(dout)])
     near = kt.run(mlp_triton, kt.differentiable(x, *weights), [dout])
     kt.assert_same_bits(far[0] + far[1], near[0] + near[1])
