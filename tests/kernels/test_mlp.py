@@ -44,9 +44,8 @@ def case(rows, dim, width, dtype=FP32, weight_dtype=FP32):
     x = kt.tensor(*([rows] if isinstance(rows, int) else rows), dim, dtype=dtype)
     gate_up = kt.tensor(2 * width, dim, dtype=dtype, seed=1, scale=dim**-0.5)
     down = kt.tensor(dim, width, dtype=dtype, seed=2, scale=width**-0.5)
-    return kt.differentiable(x, gate_up.to(weight_dtype), down.to(weight_dtype)), kt.tensor(
-        *x.shape, dtype=dtype, seed=4
-    )
+    inputs = kt.differentiable(x, gate_up.to(weight_dtype), down.to(weight_dtype))
+    return inputs, kt.tensor(*x.shape, dtype=dtype, seed=4)
 
 
 def apart(x, gate_up_weight, down_weight):
