@@ -50,7 +50,7 @@ def furthest(losses, wanted):
     return max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
 
 
-@pytest.mark.parametrize(("spec", "steps"), [("all,-rope@0", 10), ("swiglu@1,rms_norm@out", 15)], ids=str)
+@pytest.mark.parametrize(("spec", "steps"), [("all,-rope@0,-mlp@1", 10), ("swiglu@1,rms_norm@out", 15)], ids=str)
 def test_float32_training_tracks_the_torch_twins(torch_curve, spec, steps):
     losses = curve(spec, steps=steps)
     assert furthest(losses, torch_curve[:steps]) < BOUND[torch.float32]
@@ -70,6 +70,7 @@ def test_training_with_every_kernel_and_their_optimizer_tracks_torch(dtype, step
     "wrong",
     [
         {"swiglu": lambda gate_up: kernels.TORCH.swiglu(gate_up) * 1.001},
+        {"mlp": lambda *given, **by_name: kernels.TORCH.mlp(*given, **by_name) * 1.001},
         {"rope": lambda qkv, cos, sin, *heads: kernels.TORCH.rope(qkv, cos, sin * 1.001, *heads)},
         {"add_rms_norm": lambda x, r, weight, eps: kernels.TORCH.add_rms_norm(x, r, weight, 10 * eps)},
     ],
