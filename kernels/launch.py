@@ -89,11 +89,16 @@ def target_of(tensor: Tensor) -> Target:
 
     Called inside op bodies only, which Dynamo does not trace: a query of the device breaks a graph.
     """
+    return target_at(tensor.device)
+
+
+def target_at(device: torch.device) -> Target:
+    """As `target_of`, of what is on a device."""
     if _recording is not None:
         return _recording.target
     if INTERPRETED:
         return INTERPRETER
-    return _device_target(torch.cuda.current_device() if tensor.device.index is None else tensor.device.index)
+    return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def machine_of(itemsize: int, target: Target) -> str:

@@ -46,22 +46,35 @@ from kernels.launch import (
     check_first_derivative,
     check_tensor,
     check_usable,
+    machine_of,
+    target_at,
 )
 from kernels.linear import linear, weight_gradient
 from kernels.mlp.backward import _mlp_backward
 from kernels.mlp.forward import _mlp
 from kernels.swiglu import swiglu_torch
 
+MACHINES = ("sm_90", "sm_100")
+"""Where products are so fast beside memory that they can wait for nothing: on others they take most of the time, and a library's
+are better."""
+
 _any_rows = INTERPRETED
 """The interpreter is for checking as well."""
 
 
 def mlp_serves(x: Tensor, hidden_dim: int) -> bool:
-    """Whether the kernels are meant for these rows and this width: `kernels.grammar.mlp_serves`, or `on_any_rows`."""
+    """Whether the kernels are meant for these rows, this width and this machine: `kernels.grammar.mlp_serves`, or `on_any_rows`."""
     dim = x.shape[-1]
     if _any_rows:
         return dim <= MLP_WIDEST
-    return grammar.mlp_serves(dim, hidden_dim, x.numel() // dim, x.element_size())
+    meant = grammar.mlp_serves(dim, hidden_dim, x.numel() // dim, x.element_size())
+    return meant and _machine(x.device) in MACHINES
+
+
+# Dynamo, which can't trace a query of the device, makes this call and keeps what it returns.
+@torch.compiler.assume_constant_result
+def _machine(device: torch.device) -> str:
+    return machine_of(torch.bfloat16.itemsize, target_at(device))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import grammar
-from kernels.launch import INTERPRETED
+from kernels.launch import INTERPRETED, TARGETS
 from kernels.linear import linear
 from kernels.mlp import op as mlp_op
 from kernels.mlp.op import mlp_serves, mlp_torch, mlp_triton, on_any_rows
@@ -298,6 +298,23 @@ def test_the_registered_ops_keep_pytorchs_rules(dtype):
 # ---------------------------------------------------------------------------------------------------- what it serves
 
 
+def on_machine(monkeypatch, arch):
+    """What the kernels serve is asked as it is on a GPU of this architecture."""
+    monkeypatch.setattr(mlp_op, "_any_rows", False)
+    monkeypatch.setattr(mlp_op, "target_at", lambda device: TARGETS[arch])
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_kernels_serve_machines_whose_products_wait_for_memory(monkeypatch, arch):
+    on_machine(monkeypatch, arch)
+    is_served = arch in ("sm_90", "sm_100")
+    x = torch.empty(12_288, 16, dtype=BF16)
+    assert mlp_serves(x, 16) is is_served
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if mlp_serves(x, 16) else x, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros_like(x)), torch.full_like(x, is_served))
+
+
 @pytest.mark.parametrize(
     ("dim", "hidden_dim", "rows", "itemsize", "is_served"),
     [
@@ -316,7 +333,7 @@ def test_the_kernels_serve_narrow_models_of_many_aligned_rows_in_half_precision(
     monkeypatch, dim, hidden_dim, rows, itemsize, is_served
 ):
     assert grammar.mlp_serves(dim, hidden_dim, rows, itemsize) is is_served
-    monkeypatch.setattr(mlp_op, "_any_rows", False)
+    on_machine(monkeypatch, "sm_90")
     x = torch.empty(rows, dim, dtype={2: BF16, 4: FP32, 8: torch.float64}[itemsize], device="meta")
     assert mlp_serves(x, hidden_dim) is is_served
     assert mlp_serves(x[None, :, None], hidden_dim) is is_served
