@@ -1,6 +1,7 @@
 """Options that make each other void: a run says so at its start. None of it is an error: the run is what the options say."""
 
-from training.config import TrainConfig
+from kernels import grammar
+from training.config import TrainConfig, interpreting
 
 
 def remarks(config: TrainConfig) -> list[str]:
@@ -18,7 +19,24 @@ def remarks(config: TrainConfig) -> list[str]:
         found.append(f"--momentum {config.momentum} has no effect: --optimizer is {config.optimizer}")
     if config.wandb_run_name and not config.wandb_log:
         found.append("--wandb-run-name has no effect without --wandb-log")
-    return found
+    return [*found, *_of_the_feed_forward(config)]
+
+
+def _of_the_feed_forward(config: TrainConfig) -> list[str]:
+    """Whether its kernel is asked for by name, and not as one of all, where nothing in the run is what it is meant for."""
+    named = any("".join(item.split()).partition("@")[0] == "mlp" for item in config.kernels.split(","))
+    if not named or "mlp" not in config.switches():
+        return []
+    dim, hidden_dim, rows = config.dim, config.hidden_dim, config.batch_size * config.max_seq_len
+    wanted, is_ = f"--dim up to {grammar.MLP_WIDEST}", f"--dim {dim}"
+    if interpreting():
+        serves = dim <= grammar.MLP_WIDEST
+    else:
+        serves = grammar.mlp_serves(dim, hidden_dim, rows, 4 if config.dtype == "float32" else 2)
+        wanted += f", multiples of 16, half precision and micro-steps of {grammar.MLP_FEWEST_ROWS:,} tokens or more"
+        is_ += f", hidden width {hidden_dim}, --dtype {config.dtype} and {rows:,} tokens"
+    told = f"--kernels {config.kernels}: mlp has no effect but swiglu's; it is for {wanted}, and this run has {is_}"
+    return [] if serves else [told]
 
 
 def _of_the_schedule(config: TrainConfig) -> list[str]:

@@ -65,3 +65,42 @@ def test_what_is_told_of_the_schedule_is_what_it_does():
     assert {learning_rate(flat, step) for step in range(4)} == {5e-4}
     jumping = TrainConfig(schedule="wsd", max_iters=1200)
     assert [learning_rate(jumping, step) for step in (999, 1000)] == pytest.approx([5e-4, 5e-4 * 5 / 6])
+
+
+WIDE = {"dim": 304, "n_heads": 8, "n_kv_heads": 4}
+
+
+@pytest.mark.parametrize("kernels", ["mlp", "swiglu, m lp@1", "all,-mlp,mlp@1", "mlp,-swiglu@0"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (WIDE, "--dim 304, hidden width 832, --dtype auto and 32,768 tokens"),
+        ({"ffn_dim": 776}, "--dim 288, hidden width 776, --dtype auto and 32,768 tokens"),
+        ({"dtype": "float32"}, "--dim 288, hidden width 768, --dtype float32 and 32,768 tokens"),
+        ({"batch_size": 47}, "--dim 288, hidden width 768, --dtype auto and 12,032 tokens"),
+    ],
+)
+def test_a_feed_forward_that_no_kernel_is_meant_for_is_told(monkeypatch, kernels, options, told):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    wanted = "--dim up to 288, multiples of 16, half precision and micro-steps of 12,288 tokens or more"
+    assert remarks(TrainConfig(kernels=kernels, **options)) == [
+        f"--kernels {kernels}: mlp has no effect but swiglu's; it is for {wanted}, and this run has {told}"
+    ]
+
+
+def test_in_the_interpreter_the_feed_forwards_kernel_is_for_whatever_is_narrow(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert remarks(TrainConfig(kernels="mlp", dtype="float32", batch_size=1, ffn_dim=777)) == []
+    told = "--kernels mlp: mlp has no effect but swiglu's; it is for --dim up to 288, and this run has --dim 304"
+    assert remarks(TrainConfig(kernels="mlp", **WIDE)) == [told]
+
+
+@pytest.mark.parametrize("kernels", ["all", "all,-mlp", "mlp,none", "mlp,-swiglu", "swiglu", "-mlp"])
+def test_a_feed_forwards_kernel_that_nobody_named_is_not_told(monkeypatch, kernels):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert remarks(TrainConfig(kernels=kernels, **WIDE)) == []
+
+
+def test_a_feed_forwards_kernel_that_serves_is_not_told(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert remarks(TrainConfig(kernels="mlp@0", batch_size=48)) == []
