@@ -44,7 +44,7 @@ def recomputed_flops_per_token(config: LlamaConfig, recompute: str, sequence_len
     """FLOPs of one token that the backward pass computes again, beyond `flops.flops_per_token`, which MFU counts.
 
     w_down is not computed again: nothing keeps what it makes. Eager half precision, where autograd sees its input only once the
-    product is there, does it all the same.
+    product is there, does it all the same, and so does the feed-forward that is one kernel.
     """
     d, kv, ffn = config.dim, config.n_kv_heads * config.head_dim, config.hidden_dim
     length = sequence_length or config.max_seq_len
