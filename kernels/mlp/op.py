@@ -63,17 +63,23 @@ _any_rows = INTERPRETED
 
 
 def mlp_serves(x: Tensor, hidden_dim: int) -> bool:
-    """Whether the kernels are meant for these rows, this width and this machine: `kernels.grammar.mlp_serves`, or `on_any_rows`."""
+    """Whether the kernels are meant for these rows, this width and this machine: `kernels.grammar.mlp_serves`, or `on_any_rows`.
+
+    Raises as the kernels do where they are meant for all but the machine, and that can run none.
+    """
     dim = x.shape[-1]
     if _any_rows:
         return dim <= MLP_WIDEST
-    meant = grammar.mlp_serves(dim, hidden_dim, x.numel() // dim, x.element_size())
-    return meant and _machine(x.device) in MACHINES
+    if not grammar.mlp_serves(dim, hidden_dim, x.numel() // dim, x.element_size()):
+        return False
+    check_usable("mlp", x.device)
+    return machine_of_device(x.device) in MACHINES
 
 
 # Dynamo, which can't trace a query of the device, makes this call and keeps what it returns.
 @torch.compiler.assume_constant_result
-def _machine(device: torch.device) -> str:
+def machine_of_device(device: torch.device) -> str:
+    """`machine_of` half precision on a device that kernels run on."""
     return machine_of(torch.bfloat16.itemsize, target_at(device))
 
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import grammar
+from kernels import grammar, launch
 from kernels.launch import INTERPRETED, TARGETS
 from kernels.linear import linear
 from kernels.mlp import op as mlp_op
@@ -302,6 +302,7 @@ def on_machine(monkeypatch, arch):
     """What the kernels serve is asked as it is on a GPU of this architecture."""
     monkeypatch.setattr(mlp_op, "_any_rows", False)
     monkeypatch.setattr(mlp_op, "target_at", lambda device: TARGETS[arch])
+    monkeypatch.setattr(mlp_op, "check_usable", lambda op, device: None)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -337,6 +338,14 @@ def test_the_kernels_serve_narrow_models_of_many_aligned_rows_in_half_precision(
     x = torch.empty(rows, dim, dtype={2: BF16, 4: FP32, 8: torch.float64}[itemsize], device="meta")
     assert mlp_serves(x, hidden_dim) is is_served
     assert mlp_serves(x[None, :, None], hidden_dim) is is_served
+
+
+def test_where_no_kernel_runs_they_say_so_before_the_machine_is_asked(monkeypatch):
+    monkeypatch.setattr(mlp_op, "_any_rows", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert not mlp_serves(torch.empty(12_287, 16, dtype=BF16), 16)
+    with pytest.raises(RuntimeError, match="mlp: a Triton kernel was given tensors on the CPU"):
+        mlp_serves(torch.empty(12_288, 16, dtype=BF16), 16)
 
 
 def test_on_any_rows_they_serve_all_that_they_can_compute(monkeypatch):
