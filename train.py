@@ -68,7 +68,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     set_determinism(config.deterministic)
     device = resolve_device(config, world.local_rank)
     dtype = resolve_dtype(config, device)
-    remarks = void_options.remarks(config)
+    remarks = void_options.remarks(config, device)
     running, kernels_note = resolve_kernels(config, device)
     require_compiler(running, device)
     require_memory(config, device, shares=launcher.shares(config.parallel, world.size))

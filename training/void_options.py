@@ -4,8 +4,11 @@ from kernels import grammar
 from training.config import TrainConfig, interpreting
 
 
-def remarks(config: TrainConfig) -> list[str]:
-    """Which of these options have no effect, or another than their names promise; a line each."""
+def remarks(config: TrainConfig, device=None) -> list[str]:
+    """Which of these options have no effect, or another than their names promise; a line each.
+
+    device: the `torch.device` of the run; None: whatever can run it.
+    """
     found = _of_the_schedule(config)
     if config.sample_prompt and not config.sample_tokens:
         found.append("--sample-prompt has no effect: --sample-tokens is 0")
@@ -19,10 +22,10 @@ def remarks(config: TrainConfig) -> list[str]:
         found.append(f"--momentum {config.momentum} has no effect: --optimizer is {config.optimizer}")
     if config.wandb_run_name and not config.wandb_log:
         found.append("--wandb-run-name has no effect without --wandb-log")
-    return [*found, *_of_the_feed_forward(config)]
+    return [*found, *_of_the_feed_forward(config, device)]
 
 
-def _of_the_feed_forward(config: TrainConfig) -> list[str]:
+def _of_the_feed_forward(config: TrainConfig, device) -> list[str]:
     """Whether its kernel is asked for by name, and not as one of all, where nothing in the run is what it is meant for."""
     named = any("".join(item.split()).partition("@")[0] == "mlp" for item in config.kernels.split(","))
     if not named or "mlp" not in config.switches():
@@ -35,6 +38,12 @@ def _of_the_feed_forward(config: TrainConfig) -> list[str]:
         serves = grammar.mlp_serves(dim, hidden_dim, rows, 4 if config.dtype == "float32" else 2)
         wanted += f", multiples of 16, half precision and micro-steps of {grammar.MLP_FEWEST_ROWS:,} tokens or more"
         is_ += f", hidden width {hidden_dim}, --dtype {config.dtype} and {rows:,} tokens"
+        if serves and device is not None:
+            from kernels.mlp.op import MACHINES, machine_of_device
+            from training.device import name_of
+
+            serves = machine_of_device(device) in MACHINES
+            wanted, is_ = "Hopper and Blackwell", name_of(device)
     told = f"--kernels {config.kernels}: mlp has no effect but swiglu's; it is for {wanted}, and this run has {is_}"
     return [] if serves else [told]
 

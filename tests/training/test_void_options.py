@@ -1,7 +1,10 @@
 """Options that make each other void are told, and those that do not are not."""
 
 import pytest
+import torch
 
+from kernels.launch import TARGETS
+from kernels.mlp import op as mlp_op
 from training.config import RUNS, TrainConfig, defaults
 from training.step.schedule import learning_rate
 from training.void_options import remarks
@@ -104,3 +107,13 @@ def test_a_feed_forwards_kernel_that_nobody_named_is_not_told(monkeypatch, kerne
 def test_a_feed_forwards_kernel_that_serves_is_not_told(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert remarks(TrainConfig(kernels="mlp@0", batch_size=48)) == []
+
+
+@pytest.mark.parametrize(("arch", "told"), [("sm_80", 1), ("gfx942", 1), ("sm_90", 0), ("sm_100", 0)])
+def test_a_machine_that_the_feed_forwards_kernel_is_not_for_is_told(monkeypatch, arch, told):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(mlp_op, "target_at", lambda device: TARGETS[arch])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the GPU")
+    said = "--kernels mlp: mlp has no effect but swiglu's; it is for Hopper and Blackwell, and this run has the GPU"
+    assert remarks(TrainConfig(kernels="mlp"), torch.device("cuda", 0)) == [said] * told
+    assert remarks(TrainConfig(kernels="all"), torch.device("cuda", 0)) == []
