@@ -4,14 +4,12 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 
 import kernels
 from model import Llama
-from model.activations import kept_bytes
 from model.config import PRESETS, preset
 from model.flops import parameters
 from tests.support.run_testing import ROOT
@@ -116,18 +114,6 @@ def test_70b_shared_out_within_machines_does_not_fit_and_over_all_of_them_does()
 def test_what_would_fit_is_the_nearest(options, words):
     """Fewer sequences at a time; more GPUs, which fill their machines; shorter sequences."""
     assert re.fullmatch(f"what would fit: {words}", report(Plan(**options))[-1])
-
-
-def test_a_feed_forward_that_is_one_kernel_does_not_keep_what_swiglu_makes():
-    narrow, one_gpu = preset("reference"), layout("ddp", 1, 8)
-    layer = replace(narrow, n_layers=1)
-    for tokens, one_kernel in ((12_288, True), (12_287, False)):
-        assert memory(narrow, one_gpu, tokens, "none").kept == kept_bytes(narrow, tokens, "none", one_kernel=one_kernel)
-        again = memory(narrow, one_gpu, tokens, "full")
-        assert again.moment == "a layer's backward"
-        made = kept_bytes(layer, tokens, "none", one_kernel=one_kernel) - kept_bytes(layer, tokens, "full")
-        assert again.at_the_peak == made + 2 * tokens * (3 * narrow.hidden_dim + 5 * narrow.dim)
-    assert memory(narrow, one_gpu, 12_288, "none", activation_bytes=4).kept == kept_bytes(narrow, 12_288, "none", 4)
 
 
 def test_one_gpu_keeps_the_whole_model():

@@ -10,7 +10,8 @@ Memory, bytes:
                 out) + 8 P_l (its gradients, and those of the layer before on their way); of a tied matrix 8 V d besides
     embedding   fsdp: 12 V d (gathered, its gradient, and that once more on its way)
 The peak is always + the largest of the three. One layer's backward pass holds its own activations as without recomputation, and
-gradients of gate, up, SwiGLU's output and the residual stream.
+gradients of gate, up, SwiGLU's output and the residual stream. A narrow model keeps less on a GPU on which its feed-forward is one
+kernel (model/activations.py), which is not counted on.
 
 Bytes that a GPU sends, and receives as many, in a step of m micro-steps:
     ddp         2 (G - 1) / G * 4 P
@@ -22,7 +23,6 @@ GPU's bytes 1 / p go over the network.
 
 from dataclasses import dataclass, replace
 
-from kernels.grammar import mlp_serves
 from model.activations import kept_bytes, recomputed_flops_per_token
 from model.config import LlamaConfig
 from model.flops import FLOAT32, flops_per_token, matmul_parameters, parameters
@@ -102,7 +102,7 @@ def memory(
         moments["loss head"] += 8 * ends + cast
         moments["a layer's backward"] += 3 * a * layer + 8 * layer + tied
         moments["embedding"] += 12 * ends
-    kept = _kept(config, tokens, recompute, a)
+    kept = kept_bytes(config, tokens, recompute, a)
     moments["embedding"] -= kept  # which is gone by then
     moment = max(moments, key=lambda name: moments[name])
     return Memory(always, kept, moments[moment], moment)
@@ -115,13 +115,8 @@ def layer_matrices(config: LlamaConfig) -> int:
 
 def _layer_backward(config: LlamaConfig, tokens: int, recompute: str, a: int) -> int:
     one = replace(config, n_layers=1)
-    again = 0 if recompute == "none" else _kept(one, tokens, "none", a) - _kept(one, tokens, recompute, a)
+    again = 0 if recompute == "none" else kept_bytes(one, tokens, "none", a) - kept_bytes(one, tokens, recompute, a)
     return again + a * tokens * (3 * config.hidden_dim + 2 * config.dim)
-
-
-def _kept(config: LlamaConfig, tokens: int, recompute: str, a: int) -> int:
-    """`kept_bytes` with the kernels of --fused."""
-    return kept_bytes(config, tokens, recompute, a, one_kernel=mlp_serves(config.dim, config.hidden_dim, tokens, a))
 
 
 @dataclass(frozen=True)
