@@ -6,13 +6,14 @@
 The floor of an op is its bytes over the memory's bandwidth (each input read and each output written once), that of a matrix
 product this or its FLOPs over the matrix peak, whichever is longer; the floor of the step is their sum. FLOPs and bytes are those
 of model/flops.py, with one difference: MFU counts attention over all keys and without what its backward recomputes; here it is
-the causal half, and 7 products for 6. Ceilings are the datasheet's (training/hardware.py), or those measured on that GPU where
+the causal half, and 7 products for 6. The feed-forward of a narrow model is one kernel in it on every GPU, also where that is not
+chosen (kernels/mlp/op.py). Ceilings are the datasheet's (training/hardware.py), or those measured on that GPU where
 bench/results/ has them, or those of the options.
 
 A second table counts, without a GPU, the launches of a step and the bytes of their tensors (bench/roofline/launches.py): plain
-PyTorch in eager mode, the Triton kernels, and the floor. What stands there above the floor is waste, bytes that some other
-arrangement of the same step would not move, but for the zeroing of the gradients and their reading by the norm, which the
-floor leaves out.
+PyTorch in eager mode, the Triton kernels as an H100 gets them, and the floor. What stands there above the floor is waste, bytes
+that some other arrangement of the same step would not move, but for the zeroing of the gradients and their reading by the norm,
+which the floor leaves out.
 """
 
 import difflib
@@ -298,7 +299,8 @@ def issued_table(result: dict) -> Table:
     shown = Table(
         title=f"what a step of {_batch(result)} issues in bfloat16, counted without a GPU",
         caption="plain: PyTorch in eager mode, where torch.compile would join elementwise calls; floor: a product adds to its "
-        "gradient itself",
+        "gradient itself; fused: as on an H100, whichever GPU is asked for. Others than Hopper and Blackwell have no mlp: its "
+        "products and swiglu in turn",
     )
     shown.add_column("op")
     for heading in ("launches: plain", "fused", "floor", "GB: plain", "fused", "floor", "fused above floor"):

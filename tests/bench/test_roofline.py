@@ -272,6 +272,7 @@ def test_the_kernels_move_their_floor_and_little_more(tmp_path):
         assert fused.bytes < 0.2 * plain.bytes, op
         assert least.launches <= fused.launches < 0.25 * plain.launches, op
     assert "furthest above its floor in the fused step" in done.stdout
+    assert "fused: as on an H100, whichever GPU is asked for" in " ".join(done.stdout.split())
 
 
 # -------------------------------------------------------------------------------------------------------------- command
