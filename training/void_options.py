@@ -43,7 +43,7 @@ def _of_the_feed_forward(config: TrainConfig, device) -> list[str]:
             from training.device import name_of
 
             serves = machine_of_device(device) in MACHINES
-            wanted, is_ = "Hopper and Blackwell", name_of(device)
+            wanted, is_ = "GPUs such as H100 and B200 (sm_90, sm_100)", name_of(device)
     told = f"--kernels {config.kernels}: mlp has no effect but swiglu's; it is for {wanted}, and this run has {is_}"
     return [] if serves else [told]
 

@@ -299,8 +299,8 @@ def issued_table(result: dict) -> Table:
     shown = Table(
         title=f"what a step of {_batch(result)} issues in bfloat16, counted without a GPU",
         caption="plain: PyTorch in eager mode, where torch.compile would join elementwise calls; floor: a product adds to its "
-        "gradient itself; fused: as on an H100, whichever GPU is asked for. Others than Hopper and Blackwell have no mlp: its "
-        "products and swiglu in turn",
+        "gradient itself; fused: as on an H100, whichever GPU is asked for. Where mlp is not for a GPU (README.md) "
+        "its products and swiglu run in turn",
     )
     shown.add_column("op")
     for heading in ("launches: plain", "fused", "floor", "GB: plain", "fused", "floor", "fused above floor"):

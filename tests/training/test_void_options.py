@@ -114,6 +114,7 @@ def test_a_machine_that_the_feed_forwards_kernel_is_not_for_is_told(monkeypatch,
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(mlp_op, "target_at", lambda device: TARGETS[arch])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the GPU")
-    said = "--kernels mlp: mlp has no effect but swiglu's; it is for Hopper and Blackwell, and this run has the GPU"
+    gpus = "GPUs such as H100 and B200 (sm_90, sm_100)"
+    said = f"--kernels mlp: mlp has no effect but swiglu's; it is for {gpus}, and this run has the GPU"
     assert remarks(TrainConfig(kernels="mlp"), torch.device("cuda", 0)) == [said] * told
     assert remarks(TrainConfig(kernels="all"), torch.device("cuda", 0)) == []
