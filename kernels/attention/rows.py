@@ -1,7 +1,7 @@
 """How attention's programs find, load, multiply and store their tiles of rows: what the forward and the backward kernels share.
 
 A head dim that is not a power of two is cut into two tiles, the second padded: 36 = 32 + 4 of 16, 80 = 64 + 16 (`head_tiles`).
-So a tile of rows is a tuple of one or two tensors, [rows, BLOCK_D] and [rows, BLOCK_D2].
+So a tile of rows is a tuple of one or two tensors, [rows, BLOCK_D] and [rows, BLOCK_D2]. The feed-forward cuts its rows so too.
 """
 
 from kernels.launch import INTERPRETED, tl, triton
@@ -75,9 +75,10 @@ def inner_rows(a, b):
 
 
 @triton.jit
-def _load_columns(
+def load_columns(
     row_ptr, inside, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, CHECK_ROWS: tl.constexpr
 ):
+    """WIDTH columns from START on of the rows that start at row_ptr [rows, 1], as in `load_rows`; inside: [rows, 1]."""
     cols = START + tl.arange(0, WIDTH)[None, :]
     if CHECK_ROWS and START + WIDTH > HEAD_DIM:
         return tl.load(row_ptr + cols, inside & (cols < HEAD_DIM), other=0.0)
@@ -98,15 +99,16 @@ def load_rows(
     """A tile of the given rows, zero past the head dim and, with CHECK_ROWS, past n_rows."""
     row_ptr = ptr + rows.to(tl.int64)[:, None] * stride * ALIGNMENT
     inside = rows[:, None] < n_rows
-    first = _load_columns(row_ptr, inside, 0, BLOCK_D, HEAD_DIM, CHECK_ROWS)
+    first = load_columns(row_ptr, inside, 0, BLOCK_D, HEAD_DIM, CHECK_ROWS)
     if BLOCK_D2:
-        return first, _load_columns(row_ptr, inside, BLOCK_D, BLOCK_D2, HEAD_DIM, CHECK_ROWS)
+        return first, load_columns(row_ptr, inside, BLOCK_D, BLOCK_D2, HEAD_DIM, CHECK_ROWS)
     else:
         return (first,)
 
 
 @triton.jit
-def _store_columns(row_ptr, x, inside, START: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_columns(row_ptr, x, inside, START: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store x as the columns from START on of the rows that start at row_ptr [rows, 1], where they are inside, in its dtype."""
     cols = START + tl.arange(0, x.shape[1])[None, :]
     tl.store(row_ptr + cols, x.to(row_ptr.dtype.element_ty), inside & (cols < HEAD_DIM))
 
@@ -116,9 +118,9 @@ def store_rows(ptr, rows, n_rows, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexp
     """Store the tile x as the given rows, but for those past n_rows, in the dtype of ptr."""
     row_ptr = ptr + rows.to(tl.int64)[:, None] * STRIDE
     inside = rows[:, None] < n_rows
-    _store_columns(row_ptr, x[0], inside, 0, HEAD_DIM)
+    store_columns(row_ptr, x[0], inside, 0, HEAD_DIM)
     if len(x) == 2:
-        _store_columns(row_ptr, x[1], inside, x[0].shape[1], HEAD_DIM)
+        store_columns(row_ptr, x[1], inside, x[0].shape[1], HEAD_DIM)
 
 
 @triton.jit

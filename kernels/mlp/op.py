@@ -55,8 +55,8 @@ from kernels.mlp.forward import _mlp
 from kernels.swiglu import swiglu_torch
 
 MACHINES = ("sm_90", "sm_100")
-"""Where products are so fast beside memory that they can wait for nothing: on others they take most of the time, and a library's
-are better."""
+"""Where products are so fast beside memory that what is saved of memory counts. On others they take most of the time, and a
+library's are left to it; no GPU has timed either."""
 
 _any_rows = INTERPRETED
 """The interpreter is for checking as well."""

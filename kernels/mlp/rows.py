@@ -4,23 +4,8 @@ A row of D columns is a tuple of one or two tensors, BLOCK_D and BLOCK_D2 wide, 
 blocks of the weights. The block of W_gate or W_up of some hidden columns has a row for each of them, that of W_down a column.
 """
 
-from kernels.attention.rows import dot
+from kernels.attention.rows import dot, load_columns, store_columns
 from kernels.launch import tl, triton
-
-
-@triton.jit
-def _load_columns(
-    row_ptr, inside, START: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr
-):  # fmt: skip
-    cols = START + tl.arange(0, BLOCK)[None, :]
-    if CHECK_ROWS and START + BLOCK > DIM:
-        return tl.load(row_ptr + cols, inside & (cols < DIM), other=0.0)
-    elif CHECK_ROWS:
-        return tl.load(row_ptr + cols, inside, other=0.0)
-    elif START + BLOCK > DIM:
-        return tl.load(row_ptr + cols, cols < DIM, other=0.0)
-    else:
-        return tl.load(row_ptr + cols)
 
 
 @triton.jit
@@ -28,9 +13,9 @@ def load_rows(
     row_ptr, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, CHECK_ROWS: tl.constexpr = True
 ):  # fmt: skip
     """The rows that start at row_ptr [rows, 1], zero past DIM and, with CHECK_ROWS, where they are not inside [rows, 1]."""
-    first = _load_columns(row_ptr, inside, 0, BLOCK_D, DIM, CHECK_ROWS)
+    first = load_columns(row_ptr, inside, 0, BLOCK_D, DIM, CHECK_ROWS)
     if BLOCK_D2:
-        return first, _load_columns(row_ptr, inside, BLOCK_D, BLOCK_D2, DIM, CHECK_ROWS)
+        return first, load_columns(row_ptr, inside, BLOCK_D, BLOCK_D2, DIM, CHECK_ROWS)
     else:
         return (first,)
 
@@ -95,8 +80,6 @@ def hidden_mask(inside, cols, left, CHECK: tl.constexpr):
 @triton.jit
 def store_rows(row_ptr, inside, x, DIM: tl.constexpr):
     """Store the tile x as the rows that start at row_ptr [rows, 1], but for those not inside, in the dtype of row_ptr."""
-    cols = tl.arange(0, x[0].shape[1])[None, :]
-    tl.store(row_ptr + cols, x[0].to(row_ptr.dtype.element_ty), inside & (cols < DIM))
+    store_columns(row_ptr, x[0], inside, 0, DIM)
     if len(x) == 2:
-        cols = x[0].shape[1] + tl.arange(0, x[1].shape[1])[None, :]
-        tl.store(row_ptr + cols, x[1].to(row_ptr.dtype.element_ty), inside & (cols < DIM))
+        store_columns(row_ptr, x[1], inside, x[0].shape[1], DIM)

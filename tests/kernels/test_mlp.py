@@ -71,9 +71,8 @@ def test_it_is_as_exact_as_torch_and_close_to_float64(rows, dim, width, dtype, l
         actual = kt.run(mlp_triton, inputs, upstream)
     numbers = zip(*(outputs + gradients for outputs, gradients in (actual, twin, exact)), strict=True)
     for is_gradient, (a, t, e) in zip((False, True, True, True), numbers, strict=True):
-        truncates = (
-            INTERPRETED and dtype == BF16
-        )  # of y and then of what comes of it: a bias, which sums over rows add up
+        # The interpreter truncates y and then what comes of it: a bias, which sums over rows add up.
+        truncates = INTERPRETED and dtype == BF16
         if not truncates or not is_gradient:
             kt.assert_as_good_as_torch(a, t, e, is_gradient)
         assert kt.relative_rms(a, e) <= kt.RELATIVE_RMS[dtype] * (2 if truncates else 1)
