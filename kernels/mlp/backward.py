@@ -30,7 +30,7 @@ def _mlp_backward_kernel(
     gate_up_ptr += first_row * (2 * WIDTH)
     dgate_up_ptr += first_row * (2 * WIDTH)
     y_ptr += first_row * WIDTH
-    for start in tl.range(0, WIDTH, BLOCK_F, num_stages=2):
+    for start in range(0, WIDTH, BLOCK_F):
         left = WIDTH - start
         mask = hidden_mask(inside, pair, 2 * left, CHECK)
         gate_up = tl.load(gate_up_ptr + start * 2 + row * (2 * WIDTH) + pair, mask, other=0.0)
@@ -41,16 +41,20 @@ def _mlp_backward_kernel(
         gate, up = tl.split(tl.reshape(gate_up.to(tl.float32), [BLOCK_M, BLOCK_F, 2]))
         sigmoid = _sigmoid(gate)
         silu = gate * sigmoid
-        dgate = (dy * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dout_ptr.dtype.element_ty)
+        dgate = (up * (sigmoid + silu * (1 - sigmoid)) * dy).to(dout_ptr.dtype.element_ty)
         dup = (dy * silu).to(dout_ptr.dtype.element_ty)
+        # The same number twice, so that y needs dy: else Triton makes y from another layout of gate and up, to store it without
+        # an exchange, and everything up to here is computed twice.
+        y = silu * up
+        y = tl.where(dy == dy, y, y + 0.0).to(y_ptr.dtype.element_ty)
+        weight_ptr = gate_up_weight_ptr + start * DIM + hidden * DIM
+        dx = add_weighted(dx, dgate, load_rows(weight_ptr, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
+        dx = add_weighted(dx, dup, load_rows(weight_ptr + WIDTH * DIM, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
         mask = hidden_mask(inside, cols, left, CHECK)
         dgate_ptr = dgate_up_ptr + start + row * (2 * WIDTH) + cols
         tl.store(dgate_ptr, dgate, mask)
         tl.store(dgate_ptr + WIDTH, dup, mask)
-        tl.store(y_ptr + start + row * WIDTH + cols, (silu * up).to(y_ptr.dtype.element_ty), mask)
-        weight_ptr = gate_up_weight_ptr + start * DIM + hidden * DIM
-        dx = add_weighted(dx, dgate, load_rows(weight_ptr, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
-        dx = add_weighted(dx, dup, load_rows(weight_ptr + WIDTH * DIM, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
+        tl.store(y_ptr + start + row * WIDTH + cols, y, mask)
     store_rows(dx_ptr + first_row * DIM + row * DIM, inside, dx, DIM)
 
 

@@ -33,7 +33,7 @@ def _mlp_forward_kernel(
     CHECK: tl.constexpr = WIDTH % BLOCK_F != 0
     if gate_up_ptr is not None:
         gate_up_ptr += first_row * (2 * WIDTH)
-    for start in tl.range(0, WIDTH, BLOCK_F, num_stages=2):
+    for start in range(0, WIDTH, BLOCK_F):
         left = WIDTH - start
         # fmt: off
         weight = load_rows(gate_up_weight_ptr + start * DIM + weight_row * DIM, (pair // 2)[:, None] < left,

@@ -7,29 +7,30 @@ from kernels.launch import Launch, Target, ceil_div, machine_of
 
 
 class Tile(NamedTuple):
-    """Rows of a program, hidden columns of one step of its loop, and its warps."""
+    """Rows of a program, hidden columns of one step of its loop, its warps, and the steps whose loads are under way at once."""
 
     block_m: int
     block_f: int
     num_warps: int
+    num_stages: int
 
 
 TILES = {
     "forward": {
-        "sm_80": Tile(128, 16, 8),
-        "sm_90": Tile(128, 32, 8),
-        "sm_100": Tile(128, 32, 8),
-        "hip": Tile(64, 16, 4),
-        "float32": Tile(32, 16, 8),
-        "interpreter": Tile(64, 64, 4),
+        "sm_80": Tile(128, 16, 8, 2),
+        "sm_90": Tile(128, 32, 8, 2),
+        "sm_100": Tile(128, 32, 8, 2),
+        "hip": Tile(64, 16, 4, 2),
+        "float32": Tile(32, 16, 8, 2),
+        "interpreter": Tile(64, 64, 4, 2),
     },
     "backward": {
-        "sm_80": Tile(128, 16, 8),
-        "sm_90": Tile(128, 16, 8),
-        "sm_100": Tile(64, 32, 8),
-        "hip": Tile(64, 16, 4),
-        "float32": Tile(32, 16, 8),
-        "interpreter": Tile(64, 64, 4),
+        "sm_80": Tile(128, 16, 8, 2),
+        "sm_90": Tile(128, 32, 8, 2),
+        "sm_100": Tile(64, 32, 8, 2),
+        "hip": Tile(64, 16, 4, 2),
+        "float32": Tile(32, 16, 8, 2),
+        "interpreter": Tile(64, 64, 4, 2),
     },
 }
 """Chosen for machine code that spills nothing, and among such for the fewest steps; no GPU has timed them."""
@@ -43,11 +44,11 @@ def multiplied_itemsize(itemsize: int, target: Target) -> int:
 def tile_of(kernel: str, dim: int, itemsize: int, target: Target) -> Tile:
     """The table's tile, its rows halved until the target's shared memory holds them."""
     itemsize = multiplied_itemsize(itemsize, target)
-    block_m, block_f, num_warps = TILES[kernel][machine_of(itemsize, target)]
+    block_m, block_f, num_warps, num_stages = TILES[kernel][machine_of(itemsize, target)]
     if target.backend == "cuda":
         while block_m > 16 and _shared(block_m, block_f, sum(head_tiles(dim)), itemsize) > target.shared_memory:
             block_m //= 2
-    return Tile(block_m, block_f, num_warps)
+    return Tile(block_m, block_f, num_warps, num_stages)
 
 
 def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target) -> Launch:
@@ -55,7 +56,7 @@ def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target)
     tile = tile_of(kernel, dim, itemsize, target)
     block_d, block_d2 = head_tiles(dim)  # powers of two that hold a row: 256 + 32 for 288
     tiles = {"BLOCK_M": tile.block_m, "BLOCK_F": tile.block_f, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
-    return Launch((ceil_div(n_rows, tile.block_m),), tiles, tile.num_warps)
+    return Launch((ceil_div(n_rows, tile.block_m),), tiles, tile.num_warps, tile.num_stages)
 
 
 def _shared(block_m: int, block_f: int, width: int, itemsize: int) -> int:

@@ -17,8 +17,8 @@ from training.config import TrainConfig
 from training.device import set_determinism
 
 OLD, FAST, SLOW, SPILLS = Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 32, 4, 2), Tile(128, 128, 4, 3)
-SMALL = {"attention": Tile(16, 16, 4, 1), "mlp": MlpTile(32, 16, 4)}
-IN_USE = {"attention": Tile(64, 64, 4, 1), "mlp": MlpTile(64, 64, 4)}
+SMALL = {"attention": Tile(16, 16, 4, 1), "mlp": MlpTile(32, 16, 4, 2)}
+IN_USE = {"attention": Tile(64, 64, 4, 1), "mlp": MlpTile(64, 64, 4, 2)}
 """In the interpreter."""
 KERNELS = [(op, kernel) for op, table in TABLES.items() for kernel in table.kernels]
 CUDA = torch.device("cuda")
@@ -105,10 +105,11 @@ def test_a_tile_is_put_in_attentions_table_and_the_table_put_back(tables_put_bac
 
 
 def test_a_tile_is_put_in_mlps_table_and_the_table_put_back(tables_put_back):
-    tile = MlpTile(32, 16, 16)
+    tile = MlpTile(32, 16, 16, 3)
     with MLP.holding("backward", tile):
         launch = launch_of("backward", 100, 288, 2, TARGETS["sm_90"])
-        assert (launch.grid, launch.tiles["BLOCK_M"], launch.tiles["BLOCK_F"], launch.num_warps) == ((4,), *tile)
+        assert launch.grid == (4,)
+        assert (launch.tiles["BLOCK_M"], launch.tiles["BLOCK_F"], launch.num_warps, launch.num_stages) == tile
         assert MLP.tile_of("backward", TrainConfig(), 4, TARGETS["gfx942"]) == tile
         assert MLP.tile_of("forward", TrainConfig(), 2, TARGETS["sm_90"]) == MLP.tiles["forward"]["sm_90"]
     with pytest.raises(KeyError), MLP.holding("backward", tile):
@@ -136,11 +137,11 @@ def test_a_new_tile_serves_its_width_and_no_other():
     assert ATTENTION.row_with(row, TrainConfig(dim=256, n_heads=2, n_kv_heads=2), SPILLS) == new
 
 
-@pytest.mark.parametrize("row", [{48: OLD, 256: SLOW}, MlpTile(128, 32, 8)], ids=["attention", "mlp"])
+@pytest.mark.parametrize("row", [{48: OLD, 256: SLOW}, MlpTile(128, 32, 8, 2)], ids=["attention", "mlp"])
 def test_a_row_is_printed_as_it_stands_in_the_source(row):
     source = as_source("sm_90", row)
     assert eval(f"{{{source}}}", {"Tile": lambda *of: of}) == {"sm_90": row}
-    assert source in ('"sm_90": {48: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},', '"sm_90": Tile(128, 32, 8),')
+    assert source in ('"sm_90": {48: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},', '"sm_90": Tile(128, 32, 8, 2),')
 
 
 # ------------------------------------------------------------------------------------------------------------------ trial

@@ -27,7 +27,7 @@ def console():
     return Console(file=io.StringIO(), width=200)
 
 
-BEST = {"attention": Tile(32, 32, 4, 1), "mlp": MlpTile(64, 32, 4)}
+BEST = {"attention": Tile(32, 32, 4, 1), "mlp": MlpTile(64, 32, 4, 2)}
 
 
 class FakeTrial:
@@ -46,7 +46,7 @@ class FakeTrial:
     def seconds_of(self, *tiles, repeats=None):
         if self.stop_at == (self.kernel, tiles[0]):
             raise KeyboardInterrupt
-        if tiles == (MlpTile(128, 64, 16),):
+        if tiles == (MlpTile(128, 64, 8, 3),):
             raise Unfit("spills 440 bytes a thread")
         return {tile: 1e-3 if tile == self.best else 2e-3 for tile in tiles}
 
@@ -86,14 +86,14 @@ def test_times_of_old_and_new_and_rows_to_paste_are_shown_for_mlp(console, h100,
         ("reference", "forward"),
     ]
     for row in result["rows"]:
-        assert row["unfit"] == {"(128, 64, 16)": "spills 440 bytes a thread"}
-        assert len(row["tried_us"]) == 26
-        assert row["paste"] == '"sm_90": Tile(64, 32, 4),'
+        assert row["unfit"] == {"(128, 64, 8, 3)": "spills 440 bytes a thread"}
+        assert len(row["tried_us"]) == 23
+        assert row["paste"] == '"sm_90": Tile(64, 32, 4, 2),'
     shown = console.file.getvalue()
-    assert shown.count("1 of 27") == 2
+    assert shown.count("1 of 24") == 2
     assert "For TILES in kernels/mlp/tiles.py:\n" in shown
-    assert 'backward "sm_90": Tile(64, 32, 4),\n' in shown
-    assert 'forward  "sm_90": Tile(64, 32, 4),\n' in shown
+    assert 'backward "sm_90": Tile(64, 32, 4, 2),\n' in shown
+    assert 'forward  "sm_90": Tile(64, 32, 4, 2),\n' in shown
 
 
 def test_a_tile_that_spills_comes_with_a_line_for_the_gate(console, h100, monkeypatch):
@@ -113,18 +113,18 @@ def test_a_tile_that_spills_comes_with_a_line_for_the_gate(console, h100, monkey
 
 
 def test_what_was_found_survives_a_stop(tmp_path, console, h100, monkeypatch, tables_put_back):
-    path, tile = tmp_path / "tune.json", MlpTile(32, 32, 8)
+    path, tile = tmp_path / "tune.json", MlpTile(64, 32, 8, 3)
     monkeypatch.setattr(FakeTrial, "stop_at", ("forward", tile))
     with pytest.raises(KeyboardInterrupt):
         tune("mlp", console, str(path))
     written = json.loads(path.read_text())
     assert (written["bench"], written["op"], written["environment"]) == ("tune", "mlp", {"gpu": "H100"})
-    assert [(row["kernel"], row["new"]) for row in written["rows"]] == [("backward", [64, 32, 4])]
+    assert [(row["kernel"], row["new"]) for row in written["rows"]] == [("backward", [64, 32, 4, 2])]
     under_way = written["under_way"]
-    assert (under_way["size"], under_way["kernel"], under_way["tile"]) == ("reference", "forward", [32, 32, 8])
-    assert under_way["tried_us"]["(128, 32, 8)"] == 2000
+    assert (under_way["size"], under_way["kernel"], under_way["tile"]) == ("reference", "forward", [64, 32, 8, 3])
+    assert under_way["tried_us"]["(128, 32, 8, 2)"] == 2000
     shown = console.file.getvalue()
-    assert 'backward "sm_90": Tile(64, 32, 4),\n' in shown
+    assert 'backward "sm_90": Tile(64, 32, 4, 2),\n' in shown
     assert "forward  " not in shown
 
     monkeypatch.setattr(FakeTrial, "stop_at", None)

@@ -231,7 +231,7 @@ def test_weights_of_any_strides(layout):
 def test_offsets_past_two_to_the_31_elements_do_not_wrap(monkeypatch, rows_of_a_program):
     if rows_of_a_program:  # then it is the offset of a program that is so large, and else of a row within it
         for table in TILES.values():
-            monkeypatch.setitem(table, "interpreter", Tile(rows_of_a_program, 64, 4))
+            monkeypatch.setitem(table, "interpreter", Tile(rows_of_a_program, 64, 4, 2))
     (x, *weights), dout = case(3, 36, 18, FP16)
     x = x.detach()
     far = kt.run(mlp_triton, kt.differentiable(kt.far_apart(x), *weights), [kt.far_apart(dout)])

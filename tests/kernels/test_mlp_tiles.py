@@ -17,7 +17,7 @@ SMALL = {
 
 def tile_of(kernel, dim, itemsize, target):
     launch = launch_of(kernel, 10**6, dim, itemsize, target)
-    return Tile(launch.tiles["BLOCK_M"], launch.tiles["BLOCK_F"], launch.num_warps)
+    return Tile(launch.tiles["BLOCK_M"], launch.tiles["BLOCK_F"], launch.num_warps, launch.num_stages)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
