@@ -10,19 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention.rows import (
-    add_weighted,
-    block_and_head,
-    dot_rows,
-    inner_rows,
-    load_rows,
-    scale_rows,
-    store_rotated_back,
-    store_rows,
-    visible_key_blocks,
-    zero_rows,
-)
-from kernels.attention.tiles import dense_heads, head_tiles, heads_in_cache, tile_of
+from kernels.attention.rows import block_and_head, load_rows, store_rotated_back, store_rows, visible_key_blocks
+from kernels.attention.tiles import dense_heads, heads_in_cache, tile_of
 from kernels.launch import (
     Launch,
     Target,
@@ -35,6 +24,7 @@ from kernels.launch import (
     triton,
     wrap_triton,
 )
+from kernels.rows import add_weighted, dot_rows, inner_rows, row_tiles, scale_rows, zero_rows
 
 LN_2 = tl.constexpr(math.log(2))
 
@@ -267,7 +257,7 @@ def _attention_dkdv_kernel(
 def dq_launch(batch: int, time: int, heads: int, head_dim: int, itemsize: int, target: Target) -> Launch:
     """One program a block of queries and query head."""
     tile = tile_of("dq", head_dim, itemsize, target)
-    block_d, block_d2 = head_tiles(head_dim)
+    block_d, block_d2 = row_tiles(head_dim)
     tiles = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
     return Launch((ceil_div(time, tile.block_m) * batch * heads,), tiles, tile.num_warps, tile.num_stages)
 
@@ -289,7 +279,7 @@ def dkdv_launch(
     group of one is not split, and neither is a packed gradient, whose sums are rotated back as they are stored.
     """
     tile = tile_of("dkdv", head_dim, itemsize, target)
-    block_d, block_d2 = head_tiles(head_dim)
+    block_d, block_d2 = row_tiles(head_dim)
     programs = ceil_div(time, tile.block_n) * batch * k_heads
     group = 1 if packed else q_heads // k_heads
     enough = [n for n in range(1, group) if group % n == 0 and programs * n >= target.multiprocessors]

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from kernels.attention.forward import LOWEST, _attend
 from kernels.attention.op import check_head_dim
-from kernels.attention.rows import add_rows, load_rows, scale_rows, store_rows, zero_rows
-from kernels.attention.tiles import head_tiles
+from kernels.attention.rows import load_rows, store_rows
 from kernels.launch import (
     KERNEL_DTYPES,
     REFERENCE_DTYPES,
@@ -53,6 +52,7 @@ from kernels.launch import (
     warps_for,
     wrap_triton,
 )
+from kernels.rows import add_rows, row_tiles, scale_rows, zero_rows
 
 SPLIT_KEYS = 128
 """Keys of one program. A multiple of every block of keys; 16 programs a head at 2048 keys."""
@@ -203,7 +203,7 @@ def decode_launch(
 
     So many warps that each thread loads 16 bytes of the queries at once.
     """
-    block_d, block_d2 = head_tiles(head_dim)
+    block_d, block_d2 = row_tiles(head_dim)
     block_m = max(16, next_power_of_2(q_heads // k_heads))
     block_n = 64 if itemsize == 2 else 32
     # Two blocks of keys and two of values are in flight.
@@ -216,7 +216,7 @@ def decode_launch(
 
 def combine_launch(batch: int, q_heads: int, head_dim: int, target: Target) -> Launch:
     """One program of one warp for so few heads of a sequence that each thread still loads 16 bytes at once."""
-    block_d, block_d2 = head_tiles(head_dim)
+    block_d, block_d2 = row_tiles(head_dim)
     block_m = target.warp_size // 4
     tiles = {"BLOCK_M": block_m, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
     return Launch((batch * ceil_div(q_heads, block_m),), tiles, num_warps=1)

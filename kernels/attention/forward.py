@@ -5,17 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention.rows import (
-    add_weighted,
-    block_and_head,
-    dot_rows,
-    load_rows,
-    scale_rows,
-    store_rows,
-    visible_key_blocks,
-    zero_rows,
-)
-from kernels.attention.tiles import dense_heads, head_tiles, heads_in_cache, tile_of
+from kernels.attention.rows import block_and_head, load_rows, store_rows, visible_key_blocks
+from kernels.attention.tiles import dense_heads, heads_in_cache, tile_of
 from kernels.launch import (
     Launch,
     Target,
@@ -28,6 +19,7 @@ from kernels.launch import (
     triton,
     wrap_triton,
 )
+from kernels.rows import add_weighted, dot_rows, row_tiles, scale_rows, zero_rows
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -122,7 +114,7 @@ def _attention_forward_kernel(
 def forward_launch(batch: int, time: int, heads: int, head_dim: int, itemsize: int, target: Target) -> Launch:
     """One program a block of queries and query head."""
     tile = tile_of("forward", head_dim, itemsize, target)
-    block_d, block_d2 = head_tiles(head_dim)
+    block_d, block_d2 = row_tiles(head_dim)
     tiles = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
     return Launch((ceil_div(time, tile.block_m) * batch * heads,), tiles, tile.num_warps, tile.num_stages)
 

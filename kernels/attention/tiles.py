@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.launch import Target, machine_of, next_power_of_2
+from kernels.launch import Target, machine_of
+from kernels.rows import row_tiles
 
 
 class Tile(NamedTuple):
@@ -82,21 +83,10 @@ timed them. KERNELS.md has what was tried instead ("Tried and left").
 """
 
 
-def head_tiles(head_dim: int) -> tuple[int, int]:
-    """BLOCK_D and BLOCK_D2 of a head dim from 16 to 256: a power of two of at least 16, and what is left (0 if nothing).
-
-    Two tiles where they are together narrower than one padded tile: 32 + 16 for 36, one of 64 for 52.
-    """
-    whole = next_power_of_2(max(head_dim, 16))
-    first = whole // 2
-    second = max(next_power_of_2(head_dim - first), 16)
-    return (first, second) if first > 16 and second < first else (whole, 0)
-
-
 def tile_of(kernel: str, head_dim: int, itemsize: int, target: Target) -> Tile:
     """The table's tile, with fewer stages and then half the rows in flight until the target's shared memory holds it."""
     machine = machine_of(itemsize, target)
-    width = sum(head_tiles(head_dim))
+    width = sum(row_tiles(head_dim))
     block_m, block_n, num_warps, num_stages = next(
         tile for widest, tile in TILES[kernel][machine].items() if width <= widest
     )

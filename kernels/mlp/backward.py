@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.attention.rows import add_weighted, zero_rows
 from kernels.launch import aligned_strides, dense_rows, device_of, register_op, target_of, tl, triton, wrap_triton
-from kernels.mlp.rows import dot_down, hidden_mask, load_down, load_rows, store_rows
+from kernels.mlp.rows import dot_down, hidden_mask, load_down
 from kernels.mlp.tiles import launch_of
+from kernels.rows import add_weighted, load_rows_at, store_rows_at, zero_rows
 from kernels.swiglu import _sigmoid
 
 
@@ -20,7 +20,7 @@ def _mlp_backward_kernel(
     row = tl.arange(0, BLOCK_M)[:, None]
     inside = row < n_rows - first_row
     dout_ptr += first_row * dout_stride * ALIGNMENT
-    dout = load_rows(dout_ptr + row.to(tl.int64) * dout_stride * ALIGNMENT, inside, DIM, BLOCK_D, BLOCK_D2)
+    dout = load_rows_at(dout_ptr + row.to(tl.int64) * dout_stride * ALIGNMENT, inside, DIM, BLOCK_D, BLOCK_D2)
     dx = zero_rows(BLOCK_M, BLOCK_D, BLOCK_D2)
 
     pair = tl.arange(0, 2 * BLOCK_F)[None, :]
@@ -48,14 +48,14 @@ def _mlp_backward_kernel(
         y = silu * up
         y = tl.where(dy == dy, y, y + 0.0).to(y_ptr.dtype.element_ty)
         weight_ptr = gate_up_weight_ptr + start * DIM + hidden * DIM
-        dx = add_weighted(dx, dgate, load_rows(weight_ptr, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
-        dx = add_weighted(dx, dup, load_rows(weight_ptr + WIDTH * DIM, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
+        dx = add_weighted(dx, dgate, load_rows_at(weight_ptr, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
+        dx = add_weighted(dx, dup, load_rows_at(weight_ptr + WIDTH * DIM, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
         mask = hidden_mask(inside, cols, left, CHECK)
         dgate_ptr = dgate_up_ptr + start + row * (2 * WIDTH) + cols
         tl.store(dgate_ptr, dgate, mask)
         tl.store(dgate_ptr + WIDTH, dup, mask)
         tl.store(y_ptr + start + row * WIDTH + cols, y, mask)
-    store_rows(dx_ptr + first_row * DIM + row * DIM, inside, dx, DIM)
+    store_rows_at(dx_ptr + first_row * DIM + row * DIM, inside, dx, DIM)
 
 
 def _outputs(

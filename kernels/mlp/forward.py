@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.attention.rows import dot_rows, zero_rows
 from kernels.launch import aligned_strides, dense_rows, device_of, register_op, target_of, tl, triton, wrap_triton
-from kernels.mlp.rows import add_through_down, hidden_mask, load_down, load_rows, store_rows
+from kernels.mlp.rows import add_through_down, hidden_mask, load_down
 from kernels.mlp.tiles import launch_of
+from kernels.rows import dot_rows, load_rows_at, store_rows_at, zero_rows
 from kernels.swiglu import _sigmoid
 
 
@@ -23,7 +23,7 @@ def _mlp_forward_kernel(
     row = tl.arange(0, BLOCK_M)[:, None]
     inside = row < n_rows - first_row
     x_ptr += first_row * x_stride * ALIGNMENT
-    x = load_rows(x_ptr + row.to(tl.int64) * x_stride * ALIGNMENT, inside, DIM, BLOCK_D, BLOCK_D2)
+    x = load_rows_at(x_ptr + row.to(tl.int64) * x_stride * ALIGNMENT, inside, DIM, BLOCK_D, BLOCK_D2)
     out = zero_rows(BLOCK_M, BLOCK_D, BLOCK_D2)
 
     # Gate and up of a hidden column side by side: a thread then has both in its part of the accumulator.
@@ -36,7 +36,7 @@ def _mlp_forward_kernel(
     for start in range(0, WIDTH, BLOCK_F):
         left = WIDTH - start
         # fmt: off
-        weight = load_rows(gate_up_weight_ptr + start * DIM + weight_row * DIM, (pair // 2)[:, None] < left,
+        weight = load_rows_at(gate_up_weight_ptr + start * DIM + weight_row * DIM, (pair // 2)[:, None] < left,
                            DIM, BLOCK_D, BLOCK_D2, CHECK)
         # fmt: on
         gate_up = dot_rows(x, weight)  # [BLOCK_M, 2 BLOCK_F]
@@ -53,7 +53,7 @@ def _mlp_forward_kernel(
             y = tl.where(cols < left, y, 0.0)
         down = load_down(down_weight_ptr + start + cols, cols < left, DIM, WIDTH, BLOCK_D, BLOCK_D2, CHECK)
         out = add_through_down(out, y, down)
-    store_rows(out_ptr + first_row * DIM + row * DIM, inside, out, DIM)
+    store_rows_at(out_ptr + first_row * DIM + row * DIM, inside, out, DIM)
 
 
 def _outputs(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:

@@ -4,20 +4,8 @@ A row of D columns is a tuple of one or two tensors, BLOCK_D and BLOCK_D2 wide, 
 blocks of the weights. The block of W_gate or W_up of some hidden columns has a row for each of them, that of W_down a column.
 """
 
-from kernels.attention.rows import dot, load_columns, store_columns
 from kernels.launch import tl, triton
-
-
-@triton.jit
-def load_rows(
-    row_ptr, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr, CHECK_ROWS: tl.constexpr = True
-):  # fmt: skip
-    """The rows that start at row_ptr [rows, 1], zero past DIM and, with CHECK_ROWS, where they are not inside [rows, 1]."""
-    first = load_columns(row_ptr, inside, 0, BLOCK_D, DIM, CHECK_ROWS)
-    if BLOCK_D2:
-        return first, load_columns(row_ptr, inside, BLOCK_D, BLOCK_D2, DIM, CHECK_ROWS)
-    else:
-        return (first,)
+from kernels.rows import dot
 
 
 @triton.jit
@@ -41,7 +29,7 @@ def load_down(
     column_ptr, inside, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D2: tl.constexpr,
     CHECK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The columns of W_down (DIM, WIDTH) that start at column_ptr [1, columns], as in `load_rows`: [BLOCK_D, columns] and more."""
+    """The columns of W_down (DIM, WIDTH) from column_ptr [1, columns] on, as in `load_rows_at`: [BLOCK_D, columns], and more."""
     first = _load_rows_of_down(column_ptr, inside, 0, BLOCK_D, DIM, WIDTH, CHECK_COLUMNS)
     if BLOCK_D2:
         return first, _load_rows_of_down(column_ptr, inside, BLOCK_D, BLOCK_D2, DIM, WIDTH, CHECK_COLUMNS)
@@ -75,11 +63,3 @@ def hidden_mask(inside, cols, left, CHECK: tl.constexpr):
         return inside & (cols < left)
     else:
         return inside
-
-
-@triton.jit
-def store_rows(row_ptr, inside, x, DIM: tl.constexpr):
-    """Store the tile x as the rows that start at row_ptr [rows, 1], but for those not inside, in the dtype of row_ptr."""
-    store_columns(row_ptr, x[0], inside, 0, DIM)
-    if len(x) == 2:
-        store_columns(row_ptr, x[1], inside, x[0].shape[1], DIM)

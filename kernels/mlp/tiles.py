@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from kernels.attention.tiles import head_tiles
 from kernels.launch import Launch, Target, ceil_div, machine_of
+from kernels.rows import row_tiles
 
 
 class Tile(NamedTuple):
@@ -46,7 +46,7 @@ def tile_of(kernel: str, dim: int, itemsize: int, target: Target) -> Tile:
     itemsize = multiplied_itemsize(itemsize, target)
     block_m, block_f, num_warps, num_stages = TILES[kernel][machine_of(itemsize, target)]
     if target.backend == "cuda":
-        while block_m > 16 and _shared(block_m, block_f, sum(head_tiles(dim)), itemsize) > target.shared_memory:
+        while block_m > 16 and _shared(block_m, block_f, sum(row_tiles(dim)), itemsize) > target.shared_memory:
             block_m //= 2
     return Tile(block_m, block_f, num_warps, num_stages)
 
@@ -54,7 +54,7 @@ def tile_of(kernel: str, dim: int, itemsize: int, target: Target) -> Tile:
 def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target) -> Launch:
     """A program for each block of rows."""
     tile = tile_of(kernel, dim, itemsize, target)
-    block_d, block_d2 = head_tiles(dim)  # powers of two that hold a row: 256 + 32 for 288
+    block_d, block_d2 = row_tiles(dim)  # powers of two that hold a row: 256 + 32 for 288
     tiles = {"BLOCK_M": tile.block_m, "BLOCK_F": tile.block_f, "BLOCK_D": block_d, "BLOCK_D2": block_d2}
     return Launch((ceil_div(n_rows, tile.block_m),), tiles, tile.num_warps, tile.num_stages)
 

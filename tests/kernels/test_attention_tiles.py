@@ -4,24 +4,9 @@ from types import SimpleNamespace
 import pytest
 
 from kernels.attention.backward import dkdv_launch
-from kernels.attention.tiles import TILES, head_tiles, heads_in_cache, tile_of
-from kernels.launch import INTERPRETER, TARGETS, next_power_of_2
-
-
-@pytest.mark.parametrize("head_dim", range(16, 257, 4))
-def test_a_head_is_one_tile_or_two_that_are_narrower(head_dim):
-    first, second = head_tiles(head_dim)
-    assert {first, second} <= {0, 16, 32, 64, 128, 256}
-    assert second < first
-    assert head_dim <= first + second <= next_power_of_2(head_dim)
-    if first < head_dim:
-        assert second < 32 or second // 2 < head_dim - first
-
-
-def test_named_head_dims_have_the_smallest_tiles():
-    wanted = {36: (32, 16), 48: (32, 16), 52: (64, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 192: (128, 64)}
-    assert {head_dim: head_tiles(head_dim) for head_dim in wanted} == wanted
-
+from kernels.attention.tiles import TILES, heads_in_cache, tile_of
+from kernels.launch import INTERPRETER, TARGETS
+from kernels.rows import row_tiles
 
 SMALL = {"sm_75": SimpleNamespace(backend="cuda", arch=75, shared_memory=65_536)}
 SMALL["sm_120"] = SimpleNamespace(backend="cuda", arch=120, shared_memory=101_376)
@@ -39,7 +24,7 @@ def test_tiles_fit_into_the_shared_memory_of_any_target(kernel, target, itemsize
         rows = 2 * tile.num_stages * walked
         if itemsize == 4 or (target.backend == "cuda" and 90 <= target.arch < 120):
             rows += (1 if kernel == "forward" else 2) * kept
-        assert rows * sum(head_tiles(head_dim)) * itemsize <= target.shared_memory
+        assert rows * sum(row_tiles(head_dim)) * itemsize <= target.shared_memory
 
 
 def test_a_target_that_has_room_gets_the_tables_tile():

@@ -2,10 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from kernels.attention.tiles import head_tiles
 from kernels.grammar import MLP_WIDEST
 from kernels.launch import HAVE_TRITON, INTERPRETER, TARGETS, next_power_of_2
 from kernels.mlp.tiles import TILES, Tile, launch_of
+from kernels.rows import row_tiles
 from tests.kernels.test_written_arguments import answer
 
 SMALL = {
@@ -31,7 +31,7 @@ def test_any_width_has_a_tile(kernel, target, itemsize):
         tiles = launch.tiles
         assert launch.grid == (-(-1000 // tiles["BLOCK_M"]),)
         assert all(tiles[name] == next_power_of_2(tiles[name]) >= 16 for name in ("BLOCK_M", "BLOCK_F", "BLOCK_D"))
-        assert (tiles["BLOCK_D"], tiles["BLOCK_D2"]) == head_tiles(dim)
+        assert (tiles["BLOCK_D"], tiles["BLOCK_D2"]) == row_tiles(dim)
         assert tiles["BLOCK_D"] + tiles["BLOCK_D2"] >= dim
         assert launch.num_warps in (4, 8)
 

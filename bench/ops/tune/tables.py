@@ -14,6 +14,7 @@ from kernels.launch import Target, machine_of
 from kernels.mlp import tiles as mlp
 from kernels.mlp.backward import _mlp_backward_kernel
 from kernels.mlp.forward import _mlp_forward_kernel
+from kernels.rows import row_tiles
 from training.config import TrainConfig
 
 Tile = attention.Tile | mlp.Tile
@@ -66,7 +67,7 @@ class TileTable:
 
 # ------------------------------------------------------------------------------------------------------------- attention
 
-PADDED_WIDTHS = sorted({sum(attention.head_tiles(head_dim)) for head_dim in range(16, 257, 4)})
+PADDED_WIDTHS = sorted({sum(row_tiles(head_dim)) for head_dim in range(16, 257, 4)})
 
 
 def row_with(row: dict[int, attention.Tile], width: int, tile: attention.Tile) -> dict[int, attention.Tile]:
@@ -86,7 +87,7 @@ ATTENTION = TileTable(
     tile_of=lambda kernel, config, itemsize, target: attention.tile_of(kernel, config.head_dim, itemsize, target),
     machine_of=machine_of,
     row_of=lambda tile: {PADDED_WIDTHS[-1]: tile},
-    row_with=lambda row, config, tile: row_with(row, sum(attention.head_tiles(config.head_dim)), tile),
+    row_with=lambda row, config, tile: row_with(row, sum(row_tiles(config.head_dim)), tile),
     head_dim=lambda config: config.head_dim,
 )
 
