@@ -6,15 +6,19 @@
 
 For each tile of attention that an H100 has timed (a search's JSON in bench/results/), today's kernel is built with it, and its
 cycles are added up (`bench.machine_code.cycles`) over the passes that its loops make at that shape, all programs shared out evenly
-among the multiprocessors. The last column is what was measured for each microsecond counted: how far such a count can be trusted,
-and for what kind of kernel. The feed-forward in one kernel (`mlp`), which no GPU has timed, is counted in the same way.
+among the multiprocessors as if the last wave were full. The last column is what was measured for each microsecond counted: how far
+such a count can be trusted, and for what kind of kernel (the one that was measured may be an older one). The feed-forward in one
+kernel (`mlp`), which no GPU has timed, is counted in the same way.
 """
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -46,7 +50,7 @@ class Counted:
     """Count the cycles of attention's and the feed-forward's kernels, and compare them with an H100's times."""
 
     measured: str = str(MEASURED)
-    """JSON of a search for attention's tiles on an H100."""
+    """JSON of a search in which an H100 has timed attention's kernels one by one: rows of a shape, a kernel, its tile and `us`."""
     only: str = ""
     """Only rows with this in the shape or the kernel, e.g. "heads of 128", dq or mlp."""
     jobs: int = os.cpu_count() or 1
@@ -102,8 +106,12 @@ class Case:
             code = build(self.specialized)
             outside, loops = in_loops(disassemble(compile_specialized(self.specialized)))
         except Exception as error:  # whatever the compiler says: the search has such tiles too
+            while error.__cause__ is not None:  # Triton's outer errors say where, the innermost what
+                error = error.__cause__
             return self._names() | {"why": f"{type(error).__name__}: {error}".splitlines()[0]}
         figures = {"registers": code.registers, "stack": code.stack, "warps": code.warps, "resident": code.programs}
+        if not code.programs:
+            return self._names() | figures | {"why": "a multiprocessor has no room for one program"}
         if len(loops) != len(self.passes[0][1]):
             return self._names() | figures | {"why": f"{len(loops)} loops, {len(self.passes[0][1])} in the source"}
         return self._names() | figures | self._times(outside, loops, code, gigahertz)
@@ -123,20 +131,29 @@ class Case:
 
 
 def cases(measured: dict[str, Any]) -> Iterator[Case]:
-    """Those that were measured, then the feed-forward. UserError where the JSON is none of such a search."""
-    try:
-        for row in measured["rows"]:
-            if row["kernel"] in ATTENTION.kernels and row.get("us"):
-                tile = ATTENTION.grid[0]._make(row[name] for name in ATTENTION.grid[0]._fields)
-                config = _config(row["shape"])
-                yield _case(ATTENTION, row["shape"], row["kernel"], config, tile, row["us"], attention_passes)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--measured is no search for attention's tiles: {error!r}") from None
+    """Those that were measured, then the feed-forward. UserError where a row is none of such a search."""
+    for row in measured["rows"]:
+        if row.get("kernel") in ATTENTION.kernels and row.get("us") is not None:
+            try:
+                config, tile = _config(row["shape"]), _tile(row)
+                us = float(row["us"])
+                if not 0 < us < math.inf:
+                    raise ValueError(f"us is {us}")
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"--measured has a row that is no tile of attention: {row}: {error!r}") from None
+            yield _case(ATTENTION, row["shape"], row["kernel"], config, tile, us, attention_passes)
     config = defaults("reference")
     shape = f"{config.batch_size * config.max_seq_len}x{config.dim}x{config.hidden_dim}"
     for kernel in MLP.kernels:
         tile = MLP.tile_of(kernel, config, 2, H100)
         yield _case(MLP, shape, kernel, config, tile, None, mlp_passes)
+
+
+def _tile(row: dict[str, Any]) -> Any:
+    tile = ATTENTION.grid[0]._make(row[name] for name in ATTENTION.grid[0]._fields)
+    if not all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in tile[:3]) or not tile.num_stages > 0:
+        raise ValueError(f"{tile} is no tile")
+    return tile
 
 
 def _case(
@@ -167,31 +184,38 @@ def _config(shape: str) -> TrainConfig:
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Each tile, then what was measured for each microsecond counted, by the kind of kernel."""
-    shown = Table(title="H100, microseconds")
-    for column in ("shape", "kernel", "tile"):
+    """Each tile, a table a shape, then what was measured for each microsecond counted, by the kind of kernel."""
+    for shape, these in groupby(rows, lambda row: row["shape"]):
+        console.print(_shape_table(shape, list(these)))
+    if ratios := summary(rows):
+        shown = Table(title=f"measured/counted, of tiles that spill {SPILL_LIMIT} bytes at most")
+        for column in ("shape", "stages", "resident"):
+            shown.add_column(column)
+        for column in ("tiles", "least", "median", "most"):
+            shown.add_column(column, justify="right")
+        for kind, found in ratios:
+            shown.add_row(*kind, str(len(found)), *(f"{x:.2f}" for x in (min(found), median(found), max(found))))
+        console.print(shown)
+
+
+def _shape_table(shape: str, rows: list[dict[str, Any]]) -> Table:
+    """us: of the H100; ratio: that for each microsecond counted."""
+    shown = Table(
+        title=f"{shape}: microseconds on an H100", caption="programs: resident together; ratio: measured/counted"
+    )
+    for column in ("kernel", "tile"):
         shown.add_column(column)
-    for column in ("stack", "resident", "matrix", "issue", "special", "counted", "measured", "measured/counted"):
+    for column in ("programs", "stack", "matrix", "issue", "special", "counted", "measured", "ratio"):
         shown.add_column(column, justify="right")
     for row in rows:
-        names = (row["shape"], row["kernel"], "×".join(map(str, row["tile"])))
+        names = (row["kernel"].removeprefix("attention "), "×".join(map(str, row["tile"])))
         if "why" in row:
-            shown.add_row(*names, row["why"])
+            shown.add_row(*names)
             continue
         times = [f"{row[f'{what}_us']:.0f}" for what in ("matrix", "issue", "special", "counted")]
-        measured = [f"{row['measured_us']:.0f}", f"{row['ratio']:.2f}"] if "ratio" in row else ["", ""]
-        shown.add_row(*names, str(row["stack"]), f"{row['resident']} of {row['warps']} warps", *times, *measured)
-    console.print(shown)
-    if ratios := summary(rows):
-        trusted = Table(title=f"measured/counted, of tiles that spill {SPILL_LIMIT} bytes at most")
-        for column in ("shape", "stages", "resident"):
-            trusted.add_column(column)
-        for column in ("tiles", "least", "median", "most"):
-            trusted.add_column(column, justify="right")
-        for kind, found in ratios:
-            figures = (f"{x:.2f}" for x in (min(found), median(found), max(found)))
-            trusted.add_row(*kind, str(len(found)), *figures)
-        console.print(trusted)
+        measured = [f"{row['measured_us']:.0f}", f"{row['ratio']:.2f}"] if "ratio" in row else []
+        shown.add_row(*names, str(row["resident"]), str(row["stack"]), *times, *measured)
+    return shown
 
 
 def summary(rows: list[dict[str, Any]]) -> list[tuple[tuple[str, str, str], list[float]]]:
@@ -210,26 +234,45 @@ def run(options: Counted, console: Console) -> None:
     command.check_writable(options.json)
     if not HAVE_TRITON:
         raise UserError("bench.machine_code.counted: Triton is not installed here (it has no build for this machine?)")
-    measured = archive.read_one(options.measured).data
+    measured, gigahertz = read(options.measured)
     found = [case for case in cases(measured) if options.only in case.shape or options.only in case.kernel]
     if not found:
         raise UserError(f"--only is {options.only!r}, which is in no shape and no kernel of {options.measured}")
-    gigahertz = _gigahertz(measured)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        counted = pool.map(lambda case: case.row(gigahertz), found)
-        rows = list(track(counted, "building", len(found), console=console, disable=not console.is_terminal))
-    show(rows, console)
-    if options.json:
-        result = {"bench": "counted", "measured": os.path.basename(options.measured), "gigahertz": gigahertz}
-        write_json(options.json, result | {"rows": rows, "environment": environment()})
+    rows: list[dict[str, Any]] = []
+    result = {"bench": "counted", "measured": Path(options.measured).name, "gigahertz": gigahertz, "rows": rows}
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            counted = pool.map(lambda case: case.row(gigahertz), found)
+            for row in track(counted, "building", len(found), console=console, disable=not console.is_terminal):
+                rows.append(row)
+    finally:  # what was counted until a stop is kept
+        show(rows, console)
+        for row in rows:
+            if "why" in row:
+                console.print(
+                    f"not counted: {row['shape']}, {row['kernel']} {row['tile']}: {row['why']}", highlight=False
+                )
+        if options.json:
+            write_json(options.json, result | {"environment": environment()})
 
 
-def _gigahertz(measured: dict[str, Any]) -> float:
-    """The clock of the multiprocessors as the GPU gave it."""
-    clock = measured["environment"].get("gpu_state", {}).get("clocks.sm", "")
-    if not clock.endswith(" MHz"):
-        raise UserError(f"--measured does not say its GPU's clock: gpu_state has clocks.sm {clock!r}")
-    return float(clock.removesuffix(" MHz")) / 1000
+def read(path: str) -> tuple[dict[str, Any], float]:
+    """A search's result, and the clock of its GPU's multiprocessors in GHz. UserError where the file is none of an H100's."""
+    result = archive.read_one(path)
+    for what, found, wanted in (
+        ("bench", result.bench, "tiles"),
+        ("GPU", result.gpu, "H100 SXM"),
+        ("dtype", result.data.get("dtype"), "bfloat16"),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"--measured {path} has the {what} {found!r}; it must be {wanted!r}: times of attention's tiles"
+            )
+    state = result.data["environment"].get("gpu_state") or {}
+    clock = re.fullmatch(r"([1-9]\d*) MHz", str(state.get("clocks.sm")))
+    if not clock:
+        raise UserError(f"--measured {path} does not say its GPU's clock: clocks.sm is {state.get('clocks.sm')!r}")
+    return result.data, int(clock[1]) / 1000
 
 
 if __name__ == "__main__":

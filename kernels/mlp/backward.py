@@ -43,10 +43,10 @@ def _mlp_backward_kernel(
         silu = gate * sigmoid
         dgate = (up * (sigmoid + silu * (1 - sigmoid)) * dy).to(dout_ptr.dtype.element_ty)
         dup = (dy * silu).to(dout_ptr.dtype.element_ty)
-        # The same number twice, so that y needs dy: else Triton makes y from another layout of gate and up, to store it without
-        # an exchange, and everything up to here is computed twice.
+        # The same number twice, so that y needs dup: else Triton makes y from another layout of gate and up (seen for sm_90), which
+        # stores it without an exchange, and everything from the load up to here is computed twice.
         y = silu * up
-        y = tl.where(dy == dy, y, y + 0.0).to(y_ptr.dtype.element_ty)
+        y = tl.where(dup == dup, y, y + 0.0).to(y_ptr.dtype.element_ty)
         weight_ptr = gate_up_weight_ptr + start * DIM + hidden * DIM
         dx = add_weighted(dx, dgate, load_rows_at(weight_ptr, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))
         dx = add_weighted(dx, dup, load_rows_at(weight_ptr + WIDTH * DIM, hidden < left, DIM, BLOCK_D, BLOCK_D2, CHECK))

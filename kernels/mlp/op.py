@@ -9,7 +9,7 @@ Forward, of rows x of D columns, with W_gu (2F, D), gate first, and W_d (D, F):
 Backward:
 
     dy    = dout W_d
-    dgate = dy · up · s · (1 + gate · (1 − s)),  s = σ(gate)
+    dgate = dy · up · (s + gate · s · (1 − s)),  s = σ(gate)
     dup   = dy · gate · s
     dx    = dgate W_gate + dup W_up
     dW_gu = [dgate, dup]^T x,  dW_d = dout^T y      by the library's products

@@ -33,7 +33,7 @@ TILES = {
         "interpreter": Tile(64, 64, 4, 2),
     },
 }
-"""Chosen for machine code that spills nothing, and among such for the fewest steps; no GPU has timed them."""
+"""Chosen for machine code that spills nothing at the reference's width, among such for the fewest steps; no GPU has timed them."""
 
 
 def multiplied_itemsize(itemsize: int, target: Target) -> int:
@@ -44,11 +44,11 @@ def multiplied_itemsize(itemsize: int, target: Target) -> int:
 def tile_of(kernel: str, dim: int, itemsize: int, target: Target) -> Tile:
     """The table's tile, its rows halved until the target's shared memory holds them."""
     itemsize = multiplied_itemsize(itemsize, target)
-    block_m, block_f, num_warps, num_stages = TILES[kernel][machine_of(itemsize, target)]
+    tile = TILES[kernel][machine_of(itemsize, target)]
     if target.backend == "cuda":
-        while block_m > 16 and _shared(block_m, block_f, sum(row_tiles(dim)), itemsize) > target.shared_memory:
-            block_m //= 2
-    return Tile(block_m, block_f, num_warps, num_stages)
+        while tile.block_m > 16 and _shared(tile, sum(row_tiles(dim)), itemsize) > target.shared_memory:
+            tile = tile._replace(block_m=tile.block_m // 2)
+    return tile
 
 
 def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target) -> Launch:
@@ -59,9 +59,11 @@ def launch_of(kernel: str, n_rows: int, dim: int, itemsize: int, target: Target)
     return Launch((ceil_div(n_rows, tile.block_m),), tiles, tile.num_warps, tile.num_stages)
 
 
-def _shared(block_m: int, block_f: int, width: int, itemsize: int) -> int:
+def _shared(tile: Tile, width: int, itemsize: int) -> int:
     """Bytes of shared memory that a program takes at most, where there is least of it: as machine code for sm_75 and sm_86 says.
 
-    Its rows, and their hidden columns on the way to be stored; three blocks of weights, and in some backward kernels one more.
+    Its rows, and their hidden columns on the way to be stored; for each step that loads ahead three blocks of weights and those
+    columns of gate and up; in some backward kernels one block more.
     """
-    return (block_m * (width + 3 * block_f) + 4 * block_f * width) * itemsize
+    ahead = max(tile.num_stages - 1, 1)
+    return (tile.block_m * (width + (2 * ahead + 1) * tile.block_f) + (3 * ahead + 1) * tile.block_f * width) * itemsize

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from itertools import product
 
 import pytest
@@ -94,13 +95,18 @@ def test_passes_are_those_of_the_blocks_that_the_diagonal_leaves(kernel, tile, l
     assert sum(n * a for n, (a, _) in passes) == whole
 
 
+@pytest.mark.parametrize("length", [200, 256])
 @pytest.mark.parametrize("tile", [(32, 64), (64, 64), (32, 128), (128, 128)])
-def test_passes_of_dk_and_dv_are_those_of_the_whole_group(tile):
-    config, tile = TrainConfig(batch_size=3, n_heads=8, n_kv_heads=2, max_seq_len=256), Tile(*tile, 4, 2)
+def test_passes_of_dk_and_dv_are_those_of_the_whole_group(tile, length):
+    config, tile = TrainConfig(batch_size=3, n_heads=8, n_kv_heads=2, max_seq_len=length), Tile(*tile, 4, 2)
     passes = attention_passes("dkdv", config, tile)
-    some, whole = blocks(config, tile)
-    assert sum(n * (a + b) for n, (a, b) in passes) == some
-    assert sum(n * a for n, (a, _) in passes) == whole
+    programs = 3 * 2
+    assert [n for n, _ in passes] == [programs] * -(-length // tile.block_n)
+    for block, (_, (whole, cut)) in enumerate(passes):
+        first, last = block * tile.block_n, min((block + 1) * tile.block_n, length) - 1
+        starts = range(first, length, tile.block_m)  # queries are walked from the block's first key on
+        seen_whole = sum(start >= last and start + tile.block_m <= length for start in starts)
+        assert (whole, whole + cut) == (4 * seen_whole, 4 * len(starts))
 
 
 def test_passes_of_the_feed_forward_are_those_over_its_hidden_columns():
@@ -160,34 +166,111 @@ def test_a_tile_that_was_measured_is_counted_beside_its_time(tmp_path):
     (row,) = json.loads(path.read_text())["rows"]
     assert row["measured_us"] == one["us"]
     assert 1 < row["ratio"] == pytest.approx(one["us"] / row["counted_us"])
-    # Four products of 64 rows, a key and 48 columns for each of a program's blocks, at the peak.
-    least = 3 * 64 * 64 * 48 / 2048 * 128 * 8 * 10 / (132 * 1980)
-    assert least <= row["matrix_us"] <= 2 * least
+    # Three products of 64 rows, 64 keys and 48 columns in each of a program's blocks, of which the four programs of a head have 10.
+    assert row["matrix_us"] == pytest.approx(3 * 64 * 64 * 48 / 2048 * 128 * 8 * 10 / (132 * 1980))
+    shown = done.stdout
+    assert f"{wanted[0]}: microseconds on an H100" in shown
+    assert "measured/counted, of tiles that spill 64 bytes at most" in shown
+    assert f"{row['ratio']:.2f}" in shown
+
+
+def write_search(path, **change):
+    environment = {"gpu": "NVIDIA H100 80GB HBM3", "date": "", "gpu_state": {"clocks.sm": "1980 MHz"}}
+    found = {
+        "bench": "tiles",
+        "dtype": "bfloat16",
+        "rows": [],
+        "environment": environment | change.pop("environment", {}),
+    }
+    path.write_text(json.dumps(found | change))
+    return str(path)
+
+
+ROW = {
+    "shape": "128x256, 8 and 4 heads of 36",
+    "kernel": "dq",
+    "block_m": 64,
+    "block_n": 64,
+    "num_warps": 4,
+    "num_stages": 1,
+    "us": 79.0,
+}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": [{"us": 1.0}]}, "--measured is no search for attention's tiles: KeyError"),
-        ({"rows": [{"kernel": "dq", "us": 1.0, "shape": "wide"}]}, "--measured is no search for attention's tiles"),
-        ({"environment": {"gpu": None, "date": ""}}, "--measured does not say its GPU's clock"),
-        ({}, "--only is 'flux', which is in no shape and no kernel"),
+        ({"bench": "tune"}, "has the bench 'tune'; it must be 'tiles'"),
+        ({"dtype": "float32"}, "has the dtype 'float32'; it must be 'bfloat16'"),
+        ({"environment": {"gpu": None}}, "has the GPU None; it must be 'H100 SXM'"),
+        ({"environment": {"gpu": "NVIDIA A100-SXM4-80GB"}}, "has the GPU 'A100"),
+        ({"environment": {"gpu_state": None}}, "does not say its GPU's clock: clocks.sm is None"),
+        ({"environment": {"gpu_state": {"clocks.sm": "[N/A]"}}}, "clocks.sm is '\\[N/A\\]'"),
+        ({"environment": {"gpu_state": {"clocks.sm": "0 MHz"}}}, "clocks.sm is '0 MHz'"),
+        ({"rows": [ROW | {"shape": "wide"}]}, "no tile of attention: .*wide.*not enough values to unpack"),
+        ({"rows": [ROW | {"shape": 5}]}, "no tile of attention: .*AttributeError"),
+        ({"rows": [ROW | {"us": "x"}]}, "no tile of attention: .*could not convert"),
+        ({"rows": [ROW | {"us": -3}]}, "no tile of attention: .*us is -3.0"),
+        ({"rows": [ROW | {"us": float("nan")}]}, "no tile of attention: .*us is nan"),
+        ({"rows": [ROW | {"block_m": 0}]}, "no tile of attention: .*is no tile"),
+        ({"rows": [ROW | {"num_warps": 3}]}, "no tile of attention: .*is no tile"),
+        ({"rows": [{"kernel": "dq", "us": 1.0}]}, "no tile of attention: .*KeyError"),
+        ({"rows": [ROW]}, "--only is 'flux', which is in no shape and no kernel"),
     ],
 )
 def test_what_can_not_be_counted_is_refused(tmp_path, change, message, monkeypatch):
     monkeypatch.setattr(counted, "HAVE_TRITON", True)
-    monkeypatch.setattr(
-        counted, "_case", lambda table, shape, kernel, *_: type("Case", (), {"shape": shape, "kernel": kernel})
-    )
-    measured = {
-        "bench": "tiles",
-        "rows": [],
-        "environment": {"gpu": None, "date": "", "gpu_state": {"clocks.sm": "1980 MHz"}},
-    }
-    path = tmp_path / "tiles.json"
-    path.write_text(json.dumps(measured | change))
+    monkeypatch.setattr(counted, "_case", lambda table, shape, kernel, *_: FakeCase(shape, kernel))
     with pytest.raises(UserError, match=message):
-        run(Counted(measured=str(path), only="" if change else "flux"), Console(file=io.StringIO()))
+        run(Counted(measured=write_search(tmp_path / "tiles.json", **change), only="flux"), Console(file=io.StringIO()))
+
+
+class FakeCase:
+    """A kernel that is not built."""
+
+    def __init__(self, shape, kernel):
+        self.shape, self.kernel = shape, kernel
+
+    def row(self, gigahertz):
+        if self.kernel == "forward":
+            raise KeyboardInterrupt
+        return row(self.shape, 2, 1, 1.5) | {"why": "planted"}
+
+
+def test_what_was_counted_until_a_stop_is_kept_and_what_is_in_the_way_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(counted, "HAVE_TRITON", True)
+    monkeypatch.setattr(counted, "_case", lambda table, shape, kernel, *_: FakeCase(shape, kernel))
+    console, path = Console(file=io.StringIO(), width=120), tmp_path / "counted.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(Counted(measured=write_search(tmp_path / "tiles.json"), json=str(path), jobs=1), console)
+    assert [row["why"] for row in json.loads(path.read_text())["rows"]] == ["planted"]
+    assert "not counted: 32768x288x768, dq [64, 64, 4, 2]: planted" in console.file.getvalue()
+
+
+BUILT = """
+import json
+from dataclasses import replace
+from bench.machine_code.counted import _case, _config, attention_passes
+from bench.ops.tune.tables import ATTENTION
+from kernels.attention.tiles import Tile
+
+def why(tile, **change):
+    config = _config("128x256, 8 and 4 heads of 36")
+    case = _case(ATTENTION, "shape", "dq", config, tile, 79.0, attention_passes)
+    return replace(case, **change).row(1.98).get("why", "")
+
+print(json.dumps([why(Tile(64, 64, 4, 1)), why(Tile(64, 64, 4, 1), passes=[(1, (1,))]), why(Tile(8, 8, 4, 1))]))
+"""
+
+
+@needs_triton
+def test_a_tile_that_can_not_be_built_or_counted_says_why():
+    done = run_python("-c", BUILT)
+    assert done.returncode == 0, done.stderr
+    counts, loops, compiler = json.loads(done.stdout.splitlines()[-1])
+    assert counts == ""
+    assert loops == "2 loops, 1 in the source"
+    assert re.fullmatch(r"\w+: .*\w.*", compiler), compiler
 
 
 def test_cases_that_no_gpu_has_timed_come_last(monkeypatch):
