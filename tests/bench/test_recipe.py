@@ -16,7 +16,7 @@ from model import Llama, LlamaConfig
 from model.flops import step_costs
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"__init__", "launch", "grammar", "ops", "linear"}
+SHARED = {"__init__", "launch", "grammar", "ops", "linear", "rows"}
 KERNEL_FILES = sorted(
     path.stem
     for path in (ROOT / "kernels").iterdir()

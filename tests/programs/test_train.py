@@ -128,9 +128,11 @@ def test_the_merged_configuration_is_saved_with_the_run_and_starts_it_again(fini
         assert parse([f"--config={path}"]) == replace(config, config=str(path))
 
 
-def test_nothing_half_made_is_left(finished, text):
-    assert not [path for folder in (finished[0], text["data_dir"]) for path in folder.rglob(".tmp-*")]
-    assert all((folder / "manifest.json").is_file() for folder in text["data_dir"].iterdir())
+def test_nothing_half_made_is_left(finished, run, tmp_path):
+    data = tmp_path / "data"  # of its own: in what tests share one may have killed a run that was preparing
+    assert run(data_dir=data, max_iters=2).status == 0
+    assert not [path for folder in (finished[0], tmp_path / "out", data) for path in folder.rglob(".tmp-*")]
+    assert [(folder / "manifest.json").is_file() for folder in data.iterdir()] == [True]
 
 
 @pytest.mark.parametrize("always", [False, True])
