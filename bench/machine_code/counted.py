@@ -1,6 +1,6 @@
 """What the loops of a kernel come to in time, counted in their machine code, beside what an H100 took.
 
-    python -m bench.machine_code.counted                            some minutes: 240 tiles of attention, and the feed-forward
+    python -m bench.machine_code.counted                            some minutes: 244 tiles of attention, and the feed-forward
     python -m bench.machine_code.counted --only "heads of 128"      one shape
     python -m bench.machine_code.counted --only mlp
 
@@ -199,7 +199,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def _shape_table(shape: str, rows: list[dict[str, Any]]) -> Table:
-    """us: of the H100; ratio: that for each microsecond counted."""
+    """The tiles of one shape; a tile that is not counted has its name alone."""
     shown = Table(
         title=f"{shape}: microseconds on an H100", caption="programs: resident together; ratio: measured/counted"
     )

@@ -37,7 +37,7 @@ def _mlp_forward_kernel(
         left = WIDTH - start
         # fmt: off
         weight = load_rows_at(gate_up_weight_ptr + start * DIM + weight_row * DIM, (pair // 2)[:, None] < left,
-                           DIM, BLOCK_D, BLOCK_D2, CHECK)
+                              DIM, BLOCK_D, BLOCK_D2, CHECK)
         # fmt: on
         gate_up = dot_rows(x, weight)  # [BLOCK_M, 2 BLOCK_F]
         if gate_up_ptr is not None:
